@@ -1,0 +1,15 @@
+"""Hierarchical Global Attention: a pretrained transformer reads more context than its GPU can hold.
+
+    import hga
+    hga.enable(model)                      # or: past_key_values=hga.HGACache(config=model.config)
+    model.generate(**inputs)
+"""
+
+from hga.cache import CacheStats, HGACache
+from hga.config import HGAConfig
+from hga.integrations.transformers import disable, enable, enabled, register_attention
+
+__version__ = "0.1.0"
+__all__ = ["CacheStats", "HGACache", "HGAConfig", "disable", "enable", "enabled"]
+
+register_attention()

@@ -1,0 +1,115 @@
+"""`HGACache`: the transformers cache whose full-attention layers route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DynamicCache
+
+from hga.cache.families import check_model_config, routed_layers
+from hga.cache.layer import Handshake, HGALayer, LayerShape
+from hga.cache.layout import summary_bytes_per_token
+from hga.cache.rope import inverse_frequencies, position_limit
+from hga.config import HGAConfig
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds where, in bytes, and what its queries attended.
+
+    tokens: tokens seen by a row, padding included. summary_bytes, window_bytes (sink, window, unclosed tokens),
+    working_bytes (most K/V fetched at once): beside the model; device_bytes is their sum, plus the archive when
+    store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed layers would take.
+    summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of the context
+    attended exactly by a query head; fetched: the same for the unique tokens of a KV head.
+    """
+
+    tokens: int
+    summary_bytes: int
+    window_bytes: int
+    working_bytes: int
+    device_bytes: int
+    store_bytes: int
+    kv_bytes: int
+    summary_share: float
+    queries: int
+    attended: float
+    fetched: float
+
+
+class HGACache(DynamicCache):
+    """K/V of a sequence (or batch) for a model that runs attention "hga". Pass it as `past_key_values`.
+
+    Layers with a sliding window, linear attention or in `dense_layers` keep transformers' own cache layers.
+    """
+
+    hga_config: HGAConfig
+
+    def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
+        """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
+        super().__init__(config=config)
+        self._route(config, hga_config)
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, config: Any, hga_config: HGAConfig | str) -> HGACache:
+        """Turn a still empty DynamicCache into an HGACache in place: `generate` keeps its own reference."""
+        if cache.get_seq_length():
+            raise ValueError(f"only an empty cache can be adopted; this one holds {cache.get_seq_length()} tokens")
+        if cache.layer_class_to_replicate is not None:  # made without a config: layers would come lazily
+            cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
+        cache.__class__ = cls
+        adopted: HGACache = cache  # type: ignore[assignment]
+        adopted._route(config, hga_config)
+        return adopted
+
+    def stats(self) -> CacheStats:
+        """Bytes by place, and the averages over all routed layers since the last `reset_counters`."""
+        layers = self.routed
+        summaries = sum(layer.summary_bytes() for layer in layers)
+        windows = sum(layer.window_bytes() for layer in layers)
+        working = max((layer.counters.working_bytes for layer in layers), default=0)
+        held = [layer.store_bytes() for layer in layers]
+        beside = summaries + windows + working + sum(tiers.get("device", 0) for tiers in held)
+        queries = sum(layer.counters.queries for layer in layers)
+        started = next((layer for layer in layers if layer.is_initialized), None)
+        width = 0 if started is None else 2 * started.shape.head_dim * started.dtype.itemsize
+        share = 0.0
+        if started is not None:
+            share = summary_bytes_per_token(self.hga_config, started.shape.head_dim, started.dtype) / width
+        return CacheStats(
+            tokens=self.get_seq_length(),
+            summary_bytes=summaries,
+            window_bytes=windows,
+            working_bytes=working,
+            device_bytes=beside,
+            store_bytes=sum(sum(tiers.values()) for tiers in held),
+            kv_bytes=sum(row.length * layer.shape.kv_heads * width for layer in layers for row in layer.rows),
+            summary_share=share,
+            queries=queries // max(1, len(layers)),
+            attended=sum(layer.counters.attended for layer in layers) / max(1, queries),
+            fetched=sum(layer.counters.fetched for layer in layers) / max(1, queries),
+        )
+
+    def reset_counters(self) -> None:
+        """Start the averages of attended and fetched tokens again."""
+        for layer in self.routed:
+            layer.counters.reset()
+
+    @property
+    def routed(self) -> list[HGALayer]:
+        """The routed layers."""
+        return [layer for layer in self.layers if isinstance(layer, HGALayer)]
+
+    def _route(self, config: Any, hga_config: HGAConfig | str) -> None:
+        """Put a routed layer in the place of each full-attention layer; the others stay as they are."""
+        check_model_config(config)
+        decoder = config.get_text_config(decoder=True)
+        self.model_config = decoder
+        self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
+        handshake, limit = Handshake(), position_limit(decoder)
+        head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+        for index in routed_layers(decoder, self.hga_config):
+            frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None
+            shape = LayerShape(decoder.num_key_value_heads, head_dim, limit, frequencies)
+            self.layers[index] = HGALayer(self.hga_config, index, shape, handshake)

@@ -1,0 +1,264 @@
+"""One layer of the cache: a transformers cache layer whose rows route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hga.cache.row import Counters, Row, Scoring
+from hga.config import HGAConfig
+from hga.store import MemoryStore, RecordLayout, Store
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Handshake:
+    """Which layer has taken new K/V that no attention has asked for yet; shared by a cache's layers.
+
+    An `update()` followed by another attention implementation would be wrong without a sign: it would see
+    the new tokens alone. The next layer's `update()` finds the open handshake and refuses.
+    """
+
+    awaiting: HGALayer | None = None
+
+
+@dataclass
+class LayerShape:
+    """What the model's config promises of a layer's K/V, checked against what arrives."""
+
+    kv_heads: int
+    head_dim: int
+    position_limit: int | None
+    inverse_frequencies: Tensor | None = field(repr=False, default=None)
+
+
+class HGALayer(CacheLayerMixin):
+    """K/V of one layer, batch rows apart. `update` takes new K/V; the attention function then calls `attend`."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, hga_config: HGAConfig, layer_idx: int, shape: LayerShape, handshake: Handshake) -> None:
+        super().__init__()
+        self.hga_config = hga_config
+        self.layer_idx = layer_idx
+        self.counters = Counters()
+        self.shape = shape
+        self._handshake = handshake
+        self._store: Store | None = None
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._seen = 0
+        self.rows: list[Row] = []
+
+    # ---- the transformers protocol -------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Fix dtype, device and batch from the first K/V, (B, Hkv, T, D)."""
+        if key_states.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"K/V of {key_states.dtype} are not supported; load the model in one of "
+                f"{', '.join(str(dtype) for dtype in SUPPORTED_DTYPES)}"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
+        self.rows = [
+            Row(self.hga_config, self._open_store, self.counters, frequencies) for _ in range(key_states.shape[0])
+        ]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new K/V (B, Hkv, T, D) and return them, the key tensor linked to this layer.
+
+        RuntimeError if an earlier update was never attended (another attention implementation ran); ValueError
+        or TypeError if the K/V do not fit this cache.
+        """
+        if self._handshake.awaiting is not None:
+            raise RuntimeError(
+                f"layer {self._handshake.awaiting.layer_idx} of this HGACache took K/V that no hga attention read: "
+                "either the model runs another attention implementation (call hga.enable(model) or load it with "
+                "attn_implementation='hga'), it changes K/V behind the cache, or an earlier forward was interrupted "
+                "(then call cache.reset())"
+            )
+        if not self.is_initialized:
+            self._check_shape(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self._new = (key_states.detach(), value_states.detach())
+        self._seen += key_states.shape[2]
+        self._handshake.awaiting = self
+        key_states._hga_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """K/V length and offset that a mask has to cover."""
+        return self._seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self._seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything and give all memory back."""
+        for row in self.rows:
+            row.release()
+        self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
+        self._store = None
+        self._handshake.awaiting = None
+        self.counters.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (0 or negative), as if they had never been fed."""
+        removed = -int(tokens_to_remove)
+        if removed < 0:
+            raise ValueError(
+                f"crop({-removed}): give a negative number of tokens to remove, e.g. crop(-{-removed} ) keeps the rest"
+            )
+        for row in self.rows:
+            row.crop(row.length - removed)
+        self._seen = max(0, self._seen - removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes a copy of row beam_idx[i]; closed chunks are shared."""
+        self._take_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times; closed chunks are shared."""
+        self._take_rows([index for index in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices` (integers, or a mask)."""
+        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._take_rows(chosen.tolist())
+
+    def offload(self) -> None:
+        """Nothing to do: the archive already lives in the store."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: routing fetches what it needs."""
+
+    # ---- attention -----------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, value: Tensor, padding: Tensor | None, scoring: Scoring) -> Tensor:
+        """Attention of the new tokens: query (B, Hq, T, D) -> (B, Hq, T, D); rows of pad tokens are zero.
+
+        padding: bool (B, seen) with False for left padding, or None. ValueError for padding elsewhere.
+        """
+        if self._new is None or self._handshake.awaiting is not self:
+            raise RuntimeError(f"layer {self.layer_idx}: attention without a preceding update() of this cache layer")
+        keys, values = self._new
+        if value.data_ptr() != values.data_ptr():
+            raise RuntimeError(f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga")
+        self._new, self._handshake.awaiting = None, None
+        tokens, kv_heads = query.shape[2], keys.shape[1]
+        out = torch.zeros_like(query)
+        for index, (row, pad) in enumerate(zip(self.rows, self._pads(padding, tokens), strict=True)):
+            if pad == tokens:
+                continue
+            row.append(keys[index, :, pad:], values[index, :, pad:])
+            grouped = query[index, :, pad:].unflatten(0, (kv_heads, -1))  # (Hkv, R, T', D)
+            out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
+        return out
+
+    def _pads(self, padding: Tensor | None, tokens: int) -> list[int]:
+        """Leading pad tokens of each row among the last `tokens`."""
+        padded_before = [self._seen - tokens - row.length for row in self.rows]
+        if padding is None:
+            if any(padded_before):
+                raise ValueError(
+                    f"rows of this cache hold {padded_before} pad tokens, and this call has no attention_mask; "
+                    "pass the mask of the whole sequence"
+                )
+            return [0] * len(self.rows)
+        if padding.shape[1] != self._seen:
+            raise ValueError(f"attention_mask covers {padding.shape[1]} tokens, the cache {self._seen}; it must cover all")
+        pads = (~padding).sum(1).tolist()
+        leading = (padding.long().cumsum(1) == 0).sum(1).tolist()
+        for index, (row, total, lead) in enumerate(zip(self.rows, pads, leading, strict=True)):
+            if total != lead or (row.length and total != padded_before[index]):
+                raise ValueError(
+                    f"row {index} of attention_mask has padding that is not at its left (or that changed since the last "
+                    "call); hga supports left padding: set tokenizer.padding_side = 'left'"
+                )
+        return [lead - before for lead, before in zip(leading, padded_before, strict=True)]
+
+    # ---- accounting ----------------------------------------------------------------------------------
+
+    def summary_bytes(self) -> int:
+        """Bytes of summaries of all rows, beside the model."""
+        return sum(row.summary_bytes() for row in self.rows)
+
+    def window_bytes(self) -> int:
+        """Bytes of sink, window and unclosed tokens of all rows, beside the model."""
+        return sum(row.window_bytes() for row in self.rows)
+
+    def store_bytes(self) -> dict[str, int]:
+        """Bytes of the archive by tier; shared chunks once."""
+        return {} if self._store is None else self._store.held_bytes()
+
+    def archived_tokens(self) -> int:
+        """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
+        return sum(row.chunks * self.hga_config.chunk_size for row in self.rows)
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    def _open_store(self, layout: RecordLayout) -> Store:
+        if self._store is None:
+            on_host = self.hga_config.store == "ram"
+            device = torch.device("cpu") if on_host else self.device
+            self._store = MemoryStore(layout, device, "ram" if on_host else "device")
+        return self._store
+
+    def _take_rows(self, indices: list[int]) -> None:
+        """Replace the rows by those at `indices`; the first taker of a row keeps it, others fork it."""
+        taken: set[int] = set()
+        rows = []
+        for index in indices:
+            rows.append(self.rows[index].fork() if index in taken else self.rows[index])
+            taken.add(index)
+        for index, row in enumerate(self.rows):
+            if index not in taken:
+                row.release()
+        self.rows = rows
+
+    def _check_shape(self, keys: Tensor, values: Tensor) -> None:
+        expected = (self.shape.kv_heads, self.shape.head_dim)
+        found = (keys.shape[1], keys.shape[3])
+        if keys.shape != values.shape:
+            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have one shape")
+        if found != expected:
+            raise ValueError(
+                f"layer {self.layer_idx}: K/V with (Hkv, D) = {found} do not fit this cache, built for {expected}: "
+                "it belongs to another model; build HGACache(config=model.config) from this model's config"
+            )
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        self._check_shape(keys, values)
+        if keys.dtype != self.dtype or values.dtype != self.dtype:
+            raise TypeError(f"K/V of {keys.dtype} and {values.dtype} do not fit a cache that holds {self.dtype}")
+        if keys.device != self.device:
+            raise ValueError(f"K/V on {keys.device} do not fit a cache on {self.device}; call cache.reset() first")
+        if keys.shape[0] != len(self.rows):
+            raise ValueError(
+                f"a batch of {keys.shape[0]} does not fit a cache of {len(self.rows)} rows; call cache.reset() first"
+            )
+        limit, tokens = self.shape.position_limit, keys.shape[2]
+        if limit is not None and tokens > 1 and self._seen + tokens > limit:
+            raise ValueError(
+                f"{self._seen + tokens} tokens exceed the model's {limit} positions. Scale its RoPE before loading, e.g. "
+                'config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": ..., '
+                '"original_max_position_embeddings": ...} (command line: --rope-scaling yarn:4)'
+            )
+        if torch.is_grad_enabled() and keys.requires_grad:
+            raise RuntimeError("an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache")

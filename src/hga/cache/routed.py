@@ -1,0 +1,159 @@
+"""Routed attention of one tile: choose nodes, choose groups, fetch them, attend, add the far field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hga.cache.archive import Archive
+from hga.config import HGAConfig
+from hga.ops.attention import FarField, Output, Part, attend, far_logits
+from hga.ops.routing import NEVER, choose, score, unite
+from hga.ops.summaries import mean_rows, summarise_keys
+
+
+@dataclass(frozen=True)
+class Near:
+    """What a row keeps beside the model in position order: the sink, then all that follows the last closed chunk.
+
+    keys, values (Hkv, n, D) in the compute type; index (M,): place of each query's own token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The archive's scores. nodes (H, U): whose groups were scored; member bool (H, R', M, U): by which query
+    (None: all by all); node_scores (H, R, M, N); group_scores (H, R, M, U, groups a node), -inf where not scored.
+    """
+
+    nodes: Tensor
+    member: Tensor | None
+    node_scores: Tensor
+    group_scores: Tensor
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A tile's output and what it cost: unique tokens of a KV head (M,) opened by its R heads, bytes fetched."""
+
+    output: Output
+    unique_opened: Tensor | None
+    fetched_bytes: int
+
+
+def attend_routed(
+    config: HGAConfig,
+    query: Tensor,
+    near: Near,
+    archive: Archive | None,
+    softcap: float | None,
+    inverse_frequencies: Tensor | None,
+) -> Routed:
+    """Route and attend scaled queries of one tile (H, R, M, D) whose closed chunks are in `archive`.
+
+    A query attends exactly to the sink, its window and the groups that it opens; groups between the archive
+    and its window are formed by position and opened like any other.
+    """
+    size, sink = config.group_size, config.sink_tokens
+    pending = pending_groups(config, near.index)  # (M,)
+    groups = int(pending[-1])
+    span = slice(sink, sink + groups * size)
+    too_new = torch.arange(groups, device=query.device) >= pending[:, None]  # (M, P)
+    pending_scores = score(query, summarise_keys(near.keys[:, span], size, inverse_frequencies), softcap)
+    pending_scores = pending_scores.masked_fill(too_new, NEVER)
+    candidates = None if archive is None else score_archive(config, query, archive, softcap)
+    scores = pending_scores
+    if candidates is not None:
+        scores = torch.cat([pending_scores, candidates.group_scores.flatten(-2)], -1)
+    opened = choose(scores, config.routed_groups, config.selection)  # (H, R', M, P + K)
+    opened_near, opened_far = opened[..., :groups], opened[..., groups:]
+
+    place = torch.arange(near.keys.shape[1], device=query.device)
+    window = sink + pending[:, None] * size
+    always = (place <= near.index[:, None]) & ((place < sink) | (place >= window))  # (M, n)
+    exact = always.expand(*opened.shape[:3], -1).clone()  # (H, R', M, n)
+    exact[..., span] |= opened_near.repeat_interleave(size, -1)
+    parts = [Part(score(query, near.keys, softcap).masked_fill(~exact, NEVER), near.values)]
+    if config.far_field and groups:
+        unopened = far_logits(pending_scores, size).masked_fill(opened_near, NEVER)
+        parts.append(Part(unopened, mean_rows(near.values[:, span], size)))
+    fetched_bytes, far = 0, None
+    if archive is not None and candidates is not None:
+        part, fetched_bytes = _attend_opened(config, query, archive, candidates, opened_far, softcap)
+        parts += part
+        if config.far_field:
+            far = _far_field(config, archive, candidates, opened_far, query.dtype)
+    unique = opened.any(1).sum(-1).double().mean(0) * size if opened.shape[1] > 1 else None
+    return Routed(attend(parts, far), unique, fetched_bytes)
+
+
+def pending_groups(config: HGAConfig, index: Tensor) -> Tensor:
+    """Groups by position, behind the archive, that each query may open: (M,).
+
+    The window starts on a group boundary; what is older than it is routed.
+    """
+    older = (index - config.window_tokens + 1 - config.sink_tokens).clamp(min=0)
+    return (older + config.group_size - 1) // config.group_size
+
+
+def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: float | None) -> Candidates:
+    """Score the nodes, keep the best for each query, and score their groups."""
+    work, summaries = query.dtype, archive.summaries
+    node_scores = score(query, summaries.node_keys.decode(work), softcap)  # (H, R, M, N)
+    heads, nodes = node_scores.shape[0], node_scores.shape[-1]
+    every = torch.arange(nodes, device=query.device).expand(heads, nodes)
+    if not config.two_level:
+        return Candidates(every, None, node_scores, node_scores[..., None])
+    per_node = config.node_size // config.group_size
+    if nodes <= config.candidate_nodes:
+        scores = score(query, summaries.group_keys.decode(work), softcap)
+        return Candidates(every, None, node_scores, scores.unflatten(-1, (-1, per_node)))
+    ids, member = unite(choose(node_scores, config.candidate_nodes, config.selection))
+    scores = score(query, summaries.group_keys.decode_units(ids, per_node, work), softcap)
+    scores = scores.unflatten(-1, (-1, per_node)).masked_fill(~member[..., None], NEVER)
+    return Candidates(ids, member, node_scores, scores)
+
+
+def _attend_opened(
+    config: HGAConfig,
+    query: Tensor,
+    archive: Archive,
+    candidates: Candidates,
+    opened: Tensor,
+    softcap: float | None,
+) -> tuple[list[Part], int]:
+    """The opened groups as a part, fetched once for all queries of the tile, and the bytes fetched."""
+    units, member = unite(opened)  # (H, V), (H, R', M, V)
+    if not units.shape[-1]:
+        return [], 0
+    per_node = candidates.group_scores.shape[-1]
+    groups = candidates.nodes.gather(1, units // per_node) * per_node + units % per_node
+    keys, values = archive.fetch(groups)
+    fetched_bytes = keys.numel() * keys.element_size() * 2
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
+    logits = score(query, keys, softcap)
+    if member.shape[1:3] != (1, 1) or not bool(member.all()):
+        logits = logits.masked_fill(~member.repeat_interleave(config.group_size, -1), NEVER)
+    return [Part(logits, values)], fetched_bytes
+
+
+def _far_field(
+    config: HGAConfig, archive: Archive, candidates: Candidates, opened: Tensor, work: torch.dtype
+) -> FarField:
+    """Every archived token that a query did not open, by its group's or its node's summary."""
+    nodes = far_logits(candidates.node_scores, config.node_size)
+    if candidates.member is None:
+        nodes = torch.full_like(nodes, NEVER)
+    else:
+        index = candidates.nodes[:, None, None, :].expand(*nodes.shape[:3], -1)
+        kept = nodes.gather(-1, index).masked_fill(candidates.member, NEVER)
+        nodes = nodes.scatter(-1, index, kept)
+    groups = far_logits(candidates.group_scores, config.group_size)
+    groups = groups.masked_fill(opened.unflatten(-1, groups.shape[-2:]), NEVER)
+    return FarField(nodes, groups, candidates.nodes, archive.summaries.node_values.decode(work))

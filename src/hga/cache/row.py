@@ -1,0 +1,254 @@
+"""One row of one layer: sink, window and archive of a single sequence, and its attention.
+
+A row never sees padding: its positions count from its first real token. Rows are independent, so a padded
+row equals the same row alone by construction, and beams share closed chunks through the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hga.cache.archive import Archive, OpenStore
+from hga.cache.routed import Near, attend_routed, pending_groups
+from hga.config import TILE_TOKENS, HGAConfig
+from hga.ops.attention import Part, add_sinks, attend, merge
+from hga.ops.precision import compute_dtype
+from hga.ops.routing import NEVER, score
+
+_SCORES_AT_ONCE = 1 << 23  # logits held at once while a tile is attended (32 MiB in float32)
+_FETCHED_NUMBERS_AT_ONCE = 1 << 23  # K/V numbers held at once by the queries of a tile
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a layer's attention adds to the dot product: scale, soft cap, learned sinks (Hkv, R)."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass
+class Counters:
+    """Sums over query positions since the last reset; shares are tokens over context length at that position."""
+
+    queries: int = 0
+    attended: float = 0.0
+    fetched: float = 0.0
+    working_bytes: int = 0
+
+    def add(self, context: Tensor, attended: Tensor, fetched: Tensor) -> None:
+        """Count queries: context lengths, attended and fetched tokens, each (M,)."""
+        self.queries += context.numel()
+        self.attended += float((attended / context).sum())
+        self.fetched += float((fetched / context).sum())
+
+    def reset(self) -> None:
+        """Start the averages again."""
+        self.queries, self.attended, self.fetched, self.working_bytes = 0, 0.0, 0.0, 0
+
+
+class Row:
+    """K/V of one sequence in one layer.
+
+    `near` holds, in position order, the sink and every token behind the last closed chunk. Chunk c covers
+    positions [S + c C, S + (c + 1) C), S = sink_tokens; a position p >= S that is not closed sits at index
+    p - chunks * C of `near`.
+    """
+
+    def __init__(
+        self, config: HGAConfig, open_store: OpenStore, counters: Counters, inverse_frequencies: Tensor | None
+    ) -> None:
+        self._config = config
+        self._open_store = open_store
+        self._counters = counters
+        self._inverse_frequencies = inverse_frequencies
+        self._keys = self._values = torch.empty(0)  # (Hkv, capacity, D), `near_length` rows in use
+        self._archive: Archive | None = None
+        self.length = 0
+
+    @property
+    def chunks(self) -> int:
+        """Closed chunks."""
+        return 0 if self._archive is None else len(self._archive.chunks)
+
+    @property
+    def near_length(self) -> int:
+        """Tokens that are not in a closed chunk."""
+        return self.length - self.chunks * self._config.chunk_size
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite."""
+        if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+            last = self.length + keys.shape[1] - 1
+            raise ValueError(
+                f"keys or values of positions {self.length} to {last} hold NaN or Inf; a summary would spread them "
+                "over a whole chunk. Check the model's dtype (float16 overflows) and its inputs"
+            )
+        used, end = self.near_length, self.near_length + keys.shape[1]
+        if self._keys.ndim != 3 or self._keys.shape[1] < end:
+            room = end + max(TILE_TOKENS, end // 8)
+            grown = [keys.new_empty(keys.shape[0], room, keys.shape[2]) for _ in range(2)]
+            if used:
+                grown[0][:, :used], grown[1][:, :used] = self._keys[:, :used], self._values[:, :used]
+            self._keys, self._values = grown
+        self._keys[:, used:end], self._values[:, used:end] = keys, values
+        self.length += keys.shape[1]
+
+    # ---- attention -----------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
+        """Attention output (Hkv, R, T, D) of the last T tokens' queries (Hkv, R, T, D).
+
+        Each query sees what lies before it and itself: densely up to `dense_positions` (and everywhere in an
+        exact prefill), routed from there, tile by tile.
+        """
+        config, tokens = self._config, query.shape[2]
+        first = self.length - tokens
+        out = torch.empty_like(query)
+        query = query.to(compute_dtype(query.dtype)) * scoring.scale
+        exact = config.prefill == "exact" and tokens > 1
+        routed_from = self.length if exact else min(max(first, config.dense_positions), self.length)
+        for start, stop in _blocks(first, routed_from, self._dense_block(query)):
+            here = slice(start - first, stop - first)
+            out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring).to(out.dtype)
+        while routed_from < self.length:
+            stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
+            self._close(self._closed_at(routed_from))
+            for start, end in _blocks(routed_from, stop, self._routed_block(query)):
+                here = slice(start - first, end - first)
+                out[:, :, here] = self._attend_routed(query[:, :, here], start, scoring).to(out.dtype)
+            routed_from = stop
+        if self.length >= config.dense_positions:
+            self._close(self._closed_at(self.length))
+        return out
+
+    def _attend_dense(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
+        """Attend to everything before each query: `near` causally, the archive streamed."""
+        work = query.dtype
+        keys, values = self._near()
+        position = torch.arange(first, first + query.shape[2], device=query.device)
+        unseen = torch.arange(keys.shape[1], device=query.device) > self._index_of(position)[:, None]
+        logits = score(query, keys.to(work), scoring.softcap).masked_fill(unseen, NEVER)
+        output = attend([Part(logits, values.to(work))])
+        for keys, values in () if self._archive is None else self._archive.stream():
+            part = Part(score(query, keys.to(work), scoring.softcap), values.to(work))
+            output = merge(output, attend([part]))
+        context = (position + 1).cpu()
+        self._counters.add(context, context, context)
+        return add_sinks(output, scoring.sinks)
+
+    def _attend_routed(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
+        """Route and attend queries of one tile, scaled, whose closed chunks are in the archive."""
+        keys, values = (x.to(query.dtype) for x in self._near())
+        position = torch.arange(first, first + query.shape[2], device=query.device)
+        near = Near(keys, values, self._index_of(position))
+        archive = self._archive if self.chunks else None
+        routed = attend_routed(self._config, query, near, archive, scoring.softcap, self._inverse_frequencies)
+        self._count(position, near.index, routed.unique_opened, routed.fetched_bytes)
+        return add_sinks(routed.output, scoring.sinks)
+
+    def _count(self, position: Tensor, index: Tensor, unique: Tensor | None, fetched_bytes: int) -> None:
+        config = self._config
+        pending = pending_groups(config, index)
+        closed = self.chunks * config.chunk_size // config.group_size
+        opened = (pending + closed).clamp(max=config.routed_groups) * config.group_size
+        always = index + 1 - pending * config.group_size
+        fetched = always + (opened if unique is None else unique)
+        self._counters.add((position + 1).cpu(), (always + opened).cpu(), fetched.cpu())
+        self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
+
+    def _dense_block(self, query: Tensor) -> int:
+        """Queries attended densely at once, so that their logits stay bounded."""
+        rows = query.shape[0] * query.shape[1]
+        return max(1, _SCORES_AT_ONCE // (rows * (self.near_length + self._config.chunk_size)))
+
+    def _routed_block(self, query: Tensor) -> int:
+        """Queries of a tile routed at once, so that logits and fetched K/V stay bounded as the context grows."""
+        config, (heads, repeats, _, width) = self._config, query.shape
+        units = self.chunks * config.chunk_size // (config.node_size if config.two_level else config.group_size)
+        scored = repeats * (units + self.near_length)
+        fetched = max(1, config.routed_groups) * config.group_size * 2 * width
+        return min(TILE_TOKENS, max(1, min(_SCORES_AT_ONCE // scored, _FETCHED_NUMBERS_AT_ONCE // fetched) // heads))
+
+    # ---- closing, rewinding, sharing -----------------------------------------------------------------
+
+    def _closed_at(self, position: int) -> int:
+        """Chunks that count as closed for the tile of `position`: those that end before its window."""
+        config, tile = self._config, position // TILE_TOKENS * TILE_TOKENS
+        return max(0, (tile - config.window_tokens - config.sink_tokens) // config.chunk_size)
+
+    def _close(self, chunks: int) -> None:
+        """Close chunks until `chunks` of them are."""
+        if chunks <= self.chunks:
+            return
+        keys, values = self._near()
+        if self._archive is None:
+            self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
+        first = self._config.sink_tokens
+        last = first + (chunks - self.chunks) * self._config.chunk_size
+        self._archive.close(keys[:, first:last], values[:, first:last])
+        self._keep_near(*(torch.cat([x[:, :first], x[:, last:]], 1) for x in (keys, values)))
+
+    def _near(self) -> tuple[Tensor, Tensor]:
+        return self._keys[:, : self.near_length], self._values[:, : self.near_length]
+
+    def _keep_near(self, keys: Tensor, values: Tensor) -> None:
+        """Replace `near`; the buffer is let go when it has grown far beyond what is left."""
+        used = keys.shape[1]
+        if self._keys.shape[1] > 2 * (used + self._config.chunk_size + TILE_TOKENS):
+            self._keys, self._values = keys, values
+        else:
+            self._keys[:, :used], self._values[:, :used] = keys, values
+
+    def _index_of(self, position: Tensor) -> Tensor:
+        """Index in `near` of positions that are in no closed chunk."""
+        behind = position - self.chunks * self._config.chunk_size
+        return torch.where(position < self._config.sink_tokens, position, behind)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens; chunks that end after `length` minus the window reopen."""
+        length = max(0, length)
+        if length >= self.length:
+            return
+        keep = self._closed_at(length)
+        if self._archive is not None and keep < self.chunks:
+            near, sink = self._near(), self._config.sink_tokens
+            reopened = self._archive.reopen(keep)
+            self._keys, self._values = (
+                torch.cat([old[:, :sink], back, old[:, sink:]], 1) for old, back in zip(near, reopened, strict=True)
+            )
+        self.length = length
+
+    def fork(self) -> Row:
+        """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam."""
+        twin = object.__new__(Row)
+        twin.__dict__.update(self.__dict__)
+        twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        twin._archive = None if self._archive is None else self._archive.fork()
+        return twin
+
+    def release(self) -> None:
+        """Give up chunks and buffers."""
+        if self._archive is not None:
+            self._archive.release()
+        self._archive, self.length = None, 0
+        self._keys = self._values = torch.empty(0)
+
+    def summary_bytes(self) -> int:
+        """Bytes of this row's summaries, beside the model."""
+        return 0 if self._archive is None else self._archive.summaries.held_bytes()
+
+    def window_bytes(self) -> int:
+        """Bytes of sink, window and unclosed tokens, buffer slack included."""
+        return sum(x.numel() * x.element_size() for x in (self._keys, self._values))
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Split [start, stop) into runs of at most `size`."""
+    for first in range(start, stop, size):
+        yield first, min(stop, first + size)

@@ -1,0 +1,129 @@
+"""The summaries of one row's archive, kept beside the model and growing with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hga.config import HGAConfig
+from hga.ops.precision import Rows, decode_rows, encode_rows, resolve_summary_dtype
+from hga.ops.routing import take_rows
+from hga.ops.summaries import mean_rows, summarise_keys
+
+_GROWTH = 8  # capacity grows by an eighth: little slack, few copies
+
+
+class GrowingRows:
+    """Encoded rows (Hkv, n, D) that grow at the end and can be cut there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._data: Tensor | None = None
+        self._scale: Tensor | None = None
+        self.length = 0
+
+    def append(self, rows: Tensor) -> None:
+        """Encode and keep float rows (Hkv, n, D)."""
+        encoded = encode_rows(rows, self._dtype)
+        end = self.length + rows.shape[1]
+        self._data = _grown(self._data, encoded.data, self.length)
+        self._data[:, self.length : end] = encoded.data
+        if encoded.scale is not None:
+            self._scale = _grown(self._scale, encoded.scale, self.length)
+            self._scale[:, self.length : end] = encoded.scale
+        self.length = end
+
+    def truncate(self, length: int) -> None:
+        """Forget all rows but the first `length`."""
+        self.length = min(self.length, length)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """All rows (Hkv, n, D) as `dtype`."""
+        return decode_rows(self._rows(), dtype)
+
+    def decode_units(self, ids: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
+        """The rows of units of `unit` consecutive rows: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
+        data, scale = self._rows()
+
+        def take(rows: Tensor) -> Tensor:
+            return take_rows(rows.unflatten(1, (-1, unit)), ids).flatten(1, 2)
+
+        return decode_rows(Rows(take(data), None if scale is None else take(scale)), dtype)
+
+    def clone(self) -> GrowingRows:
+        """An independent copy."""
+        twin = GrowingRows(self._dtype)
+        twin.length = self.length
+        twin._data = None if self._data is None else self._data[:, : self.length].clone()
+        twin._scale = None if self._scale is None else self._scale[:, : self.length].clone()
+        return twin
+
+    def held_bytes(self) -> int:
+        """Bytes allocated, growth slack included."""
+        return sum(x.numel() * x.element_size() for x in (self._data, self._scale) if x is not None)
+
+    def _rows(self) -> Rows:
+        if self._data is None:
+            raise ValueError("no rows yet: a chunk has to close before its summaries can be read")
+        scale = self._scale
+        return Rows(self._data[:, : self.length], None if scale is None else scale[:, : self.length])
+
+
+def _grown(buffer: Tensor | None, like: Tensor, length: int) -> Tensor:
+    """A buffer with room for `like` behind `length` rows; the old one where it is large enough."""
+    heads, added, width = like.shape
+    need = length + added
+    if buffer is not None and buffer.shape[1] >= need:
+        return buffer
+    grown = like.new_empty(heads, need + need // _GROWTH, width)
+    if buffer is not None:
+        grown[:, :length] = buffer[:, :length]
+    return grown
+
+
+class Summaries:
+    """Group keys, node keys and (with a far field) node values of one row's closed chunks.
+
+    With one level (overselection "all") nodes *are* groups, and there are no separate group keys. Values are
+    kept a node, not a group: measured to cost nothing, at half the bytes (docs/fidelity.md).
+    """
+
+    def __init__(self, config: HGAConfig, kv_dtype: torch.dtype, inverse_frequencies: Tensor | None) -> None:
+        self._config = config
+        self._inverse_frequencies = inverse_frequencies
+        dtype = resolve_summary_dtype(config.summary_dtype, kv_dtype)
+        self.node_keys = GrowingRows(dtype)
+        self.node_values = GrowingRows(dtype)
+        self.group_keys = GrowingRows(dtype)
+        self.chunks = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Summarise closed chunks, rows in group order: keys, values (Hkv, n * C, D) in the compute type."""
+        config = self._config
+        self.node_keys.append(summarise_keys(keys, config.node_size, self._inverse_frequencies))
+        if config.far_field:
+            self.node_values.append(mean_rows(values, config.node_size))
+        if config.two_level:
+            self.group_keys.append(summarise_keys(keys, config.group_size, self._inverse_frequencies))
+        self.chunks += keys.shape[1] // config.chunk_size
+
+    def truncate(self, chunks: int) -> None:
+        """Forget all chunks but the first `chunks`."""
+        tokens = chunks * self._config.chunk_size
+        self.node_keys.truncate(tokens // self._config.node_size)
+        self.node_values.truncate(tokens // self._config.node_size)
+        self.group_keys.truncate(tokens // self._config.group_size)
+        self.chunks = min(self.chunks, chunks)
+
+    def clone(self) -> Summaries:
+        """An independent copy, for a beam that goes its own way."""
+        twin = object.__new__(Summaries)
+        twin.__dict__.update(self.__dict__)
+        twin.node_keys, twin.node_values, twin.group_keys = (
+            rows.clone() for rows in (self.node_keys, self.node_values, self.group_keys)
+        )
+        return twin
+
+    def held_bytes(self) -> int:
+        """Bytes beside the model."""
+        return sum(rows.held_bytes() for rows in (self.node_keys, self.node_values, self.group_keys))

@@ -1,0 +1,109 @@
+"""Options that several commands share, and the checks that turn them into values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hga.cli.output import byte_progress, messages
+from hga.config import PRESETS, HGAConfig
+from hga.models import SMOLLM2, RopeScaling
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout, everything else on stderr.")]
+Model = Annotated[
+    str, typer.Option("--model", metavar="M", help=f"{SMOLLM2.name}, a local folder, or a Hugging Face hub id.")
+]
+GgufFile = Annotated[
+    str | None, typer.Option("--gguf-file", metavar="F", help="A GGUF file in the model's folder: load that one.")
+]
+Preset = Annotated[str, typer.Option("--preset", metavar="P", help=f"How to route: {', '.join(PRESETS)}.")]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", metavar="N", help="Exact tokens a query, instead of the preset's own number."),
+]
+Rope = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling",
+        metavar="TYPE:FACTOR",
+        help="Stretch the model's positions: yarn:4 reads four times its trained length; or linear:FACTOR.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; by default a CUDA device if there is one.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's (float32 for GGUF)."),
+]
+
+
+def routing(preset: str, budget: int | None, **changes: Any) -> HGAConfig:
+    """The preset with its budget replaced if one is given. ValueError as `HGAConfig.preset`."""
+    if budget is not None:
+        changes["budget_tokens"] = budget
+    return HGAConfig.preset(preset, **changes)
+
+
+def read_text(path: Path) -> str:
+    """A file's text. ValueError if it is missing, no file, or not UTF-8."""
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a text file" if path.is_dir() else f"file {path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first, for example "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def load(
+    model: str,
+    gguf_file: str | None = None,
+    rope_scaling: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> tuple[Any, Any]:
+    """Load model and tokenizer with a sign of life on stderr. ValueError for a bad option or a missing model."""
+    scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
+    types = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in types:
+        raise ValueError(f"--dtype {dtype} must be one of {', '.join(types)}")
+    with waiting(f"loading {model}"):
+        import torch
+
+        from hga.models import load_model, locate
+
+        _check_device(device)
+        locate(model, gguf_file)
+        return load_model(
+            model,
+            gguf_file,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            device=device,
+            rope_scaling=scaling,
+        )
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {cause}") from error
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr around work whose length is not known."""
+    with messages.status(f"{what} ..."):
+        yield

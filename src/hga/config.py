@@ -1,0 +1,229 @@
+"""The one place where a routing rule is described: `HGAConfig`, its checks and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TILE_TOKENS = 64
+"""Positions that agree on which chunks count as closed (design: the tile grid makes prefill block-free)."""
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "ordering": ("content", "position"),
+    "summary": ("mean", "mixed_rope"),
+    "selection": ("shared", "per_head"),
+    "summary_dtype": ("auto", "model", "float32", "bfloat16", "float16", "fp8"),
+    "kv_dtype": ("model", "int8", "fp8"),
+    "prefill": ("auto", "exact", "routed"),
+    "store": ("ram", "device"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HGAConfig:
+    """How old context is summarised, routed and kept. Immutable, validated, JSON round trip.
+
+    Units are tokens of one sequence. Defaults are the preset `balanced`.
+
+    chunk_size: tokens of one storage record; also the scope of content ordering.
+    group_size: tokens of the unit that is routed, fetched and attended exactly.
+    node_size: tokens of a first-level summary; `chunk_size` in the paper, smaller nodes of the content
+        tree tell more. Only the nodes that score best have their groups scored.
+    overselection: candidates per routed token: the best nodes that together hold this many times the
+        routed tokens have their groups scored. "all" scores every group (then node_size = group_size).
+    sink_tokens: first tokens, always attended.
+    window_tokens: most recent tokens, always attended. The window starts on a group boundary, so it holds
+        between `window_tokens - group_size + 1` and `window_tokens` of them.
+    budget_tokens: upper bound of the tokens attended exactly per query head and step; sink, window and
+        unclosed tokens count. It does not grow with the context.
+    ordering: how a closing chunk's tokens form groups: by "content" or by "position".
+    summary: "mean" of the stored keys, or the paper's "mixed_rope" mean (by position only).
+    far_field: whether unopened tokens take part through their summaries (the paper: no).
+    selection: the R query heads of a KV head share one choice, or each makes its own ("per_head").
+    summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
+    kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
+    prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
+        everything before it; "auto": a query is exact below `4 * budget_tokens` and routed from there.
+    dense_below: queries at positions below this attend densely.
+    dense_layers: indices of layers that keep the model's own cache.
+    store: "ram" (host memory) or "device" (beside the model).
+    block_tokens: a long prompt is fed to the model in blocks of this many tokens.
+    """
+
+    chunk_size: int = 256
+    group_size: int = 4
+    node_size: int = 16
+    overselection: int | Literal["all"] = 12
+    sink_tokens: int = 16
+    window_tokens: int = 64
+    budget_tokens: int = 2048
+    ordering: Literal["content", "position"] = "content"
+    summary: Literal["mean", "mixed_rope"] = "mean"
+    far_field: bool = True
+    selection: Literal["shared", "per_head"] = "shared"
+    summary_dtype: Literal["auto", "model", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    kv_dtype: Literal["model", "int8", "fp8"] = "model"
+    prefill: Literal["auto", "exact", "routed"] = "auto"
+    dense_below: int = 0
+    dense_layers: tuple[int, ...] = ()
+    store: Literal["ram", "device"] = "ram"
+    block_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        self._check_types()
+        self._check_layout()
+        self._check_budget()
+        self._check_combinations()
+
+    @property
+    def routed_groups(self) -> int:
+        """Groups that a query may open: what the budget leaves after sink and window."""
+        return (self.budget_tokens - self.sink_tokens - self.window_tokens) // self.group_size
+
+    @property
+    def two_level(self) -> bool:
+        """Whether nodes are scored before groups (overselection is a number)."""
+        return self.overselection != "all"
+
+    @property
+    def candidate_nodes(self) -> int:
+        """Nodes whose groups are scored, when routing has two levels."""
+        if self.overselection == "all":
+            raise ValueError("candidate_nodes exists only with a numeric overselection; this config scores all")
+        wanted = self.overselection * max(1, self.routed_groups) * self.group_size
+        return max(1, -(-wanted // self.node_size))
+
+    @property
+    def dense_positions(self) -> int:
+        """Queries at positions below this attend densely, whatever block they come in."""
+        return max(self.dense_below, 4 * self.budget_tokens if self.prefill == "auto" else 0)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> HGAConfig:
+        """The named preset with `changes` applied. ValueError names the presets there are."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | changes))
+
+    def replace(self, **changes: Any) -> HGAConfig:
+        """A copy with `changes` applied and validated."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal config."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> HGAConfig:
+        """Parse `to_json`'s text. ValueError for malformed JSON or unknown fields."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a JSON text: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected a JSON object of HGAConfig fields, got {type(fields).__name__}")
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown HGAConfig fields {unknown}; they may come from a newer hga")
+        return cls(**fields)
+
+    def _check_types(self) -> None:
+        for name in (
+            *("chunk_size", "group_size", "node_size", "sink_tokens", "window_tokens"),
+            *("budget_tokens", "dense_below", "block_tokens"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                hint = "; fractions of a context exist only in `hga eval`" if isinstance(value, float) else ""
+                raise TypeError(f"{name}={value!r} must be an integer number of tokens{hint}")
+            least = 0 if name in ("sink_tokens", "dense_below") else 1
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        if not isinstance(self.far_field, bool):
+            raise TypeError(f"far_field={self.far_field!r} must be True or False")
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must be layer indices, 0 or more")
+        if self.overselection != "all" and (
+            isinstance(self.overselection, bool) or not isinstance(self.overselection, int) or self.overselection < 1
+        ):
+            raise ValueError(f"overselection={self.overselection!r} must be an integer of at least 1, or 'all'")
+
+    def _check_layout(self) -> None:
+        chunk, node, group = self.chunk_size, self.node_size, self.group_size
+        if chunk % group:
+            raise ValueError(f"group_size={group} must divide chunk_size={chunk}; {chunk} % {group} = {chunk % group}")
+        if chunk % node or node % group:
+            raise ValueError(
+                f"node_size={node} must be a multiple of group_size={group} and divide chunk_size={chunk}"
+            )
+        groups = chunk // group
+        if self.ordering == "content" and groups & (groups - 1):
+            raise ValueError(
+                f"chunk_size / group_size = {groups} must be a power of two for ordering='content' "
+                "(the tree halves a chunk until a group is left); change one of them or use ordering='position'"
+            )
+        if (self.overselection == "all") != (node == group):
+            raise ValueError(
+                f"overselection={self.overselection!r} with node_size={node}, group_size={group}: 'all' scores "
+                "every group, which needs node_size = group_size; a number needs node_size > group_size"
+            )
+        if self.window_tokens < group:
+            raise ValueError(f"window_tokens={self.window_tokens} must be at least group_size={group}")
+
+    def _check_budget(self) -> None:
+        always = self.sink_tokens + self.window_tokens
+        least = always if self.far_field else always + self.group_size
+        if self.budget_tokens < least:
+            why = "sink and window are always attended" if self.far_field else (
+                "sink, window and one routed group; without a far field nothing else of the past is seen"
+            )
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} must be at least {least} = {why}; "
+                f"raise the budget or lower sink_tokens={self.sink_tokens}, window_tokens={self.window_tokens}"
+            )
+
+    def _check_combinations(self) -> None:
+        if self.summary == "mixed_rope" and self.ordering != "position":
+            raise ValueError(
+                "summary='mixed_rope' rotates keys to the middle of consecutive positions: it needs "
+                f"ordering='position', got {self.ordering!r}"
+            )
+        if self.kv_dtype != "model":
+            raise ValueError(
+                f"kv_dtype={self.kv_dtype!r}: quantised K/V (one scale a row) is laid out but not built yet; "
+                "use kv_dtype='model'"
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "balanced": {},
+    "fidelity": {"selection": "per_head", "budget_tokens": 4096},
+    "lean": {"group_size": 8, "node_size": 32},
+    "paper": {
+        "chunk_size": 64,
+        "group_size": 16,
+        "node_size": 64,
+        "overselection": 2,
+        "sink_tokens": 128,
+        "window_tokens": 512,
+        "budget_tokens": 1152,
+        "ordering": "position",
+        "summary": "mixed_rope",
+        "far_field": False,
+    },
+    "contiguous": {
+        "chunk_size": 64,
+        "group_size": 16,
+        "node_size": 16,
+        "overselection": "all",
+        "ordering": "position",
+        "far_field": False,
+    },
+}
+"""Fields in which a preset differs from the defaults. `balanced` is the default."""

@@ -1,0 +1,1 @@
+"""What routed attention loses on real text."""

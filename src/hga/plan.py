@@ -1,0 +1,331 @@
+"""Memory planning: what a model, a context and a routing config need, from the configs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hga.cache.families import routed_layers
+from hga.cache.layout import summary_bytes_per_token
+from hga.config import TILE_TOKENS, HGAConfig
+from hga.models import load_config
+from hga.store import RecordLayout
+
+GIB = 1 << 30
+_RUNTIME_BYTES = GIB // 2  # a CUDA context with its kernels: measured between 0.3 and 0.6 GiB
+_NUMBERS_AT_ONCE = 1 << 23  # how many scores, or fetched K/V numbers, a routed step holds at once
+_LONGEST = 1 << 27  # a search bound far above any model's positions
+_QUANTISED_BITS = {"fp8": 8.0, "mxfp4": 4.25, "bitsandbytes_4bit": 4.5, "bitsandbytes_8bit": 8.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that one sequence of `context` tokens needs, by place.
+
+    On the GPU: weight_bytes; summary_bytes and window_bytes (sink, window, unclosed tokens and a block) of the
+    routed layers; other_cache_bytes (layers that are not routed); working_bytes (K/V fetched at once);
+    buffer_bytes (activations of a block and scores, an estimate); runtime_bytes (the CUDA context, assumed);
+    peak_bytes, their sum, or what the densely read beginning needs where that is more. In the store:
+    store_bytes. Instead of all that, dense K/V would need dense_kv_bytes (16 bits) on the GPU, or
+    dense_kv_8bit_bytes, dense_kv_4bit_bytes (scales not counted). With gpu_bytes given: whether each fits, and
+    longest_context, the longest that fits with HGA (0 if none does).
+    """
+
+    context: int
+    parameters: int
+    weight_bytes: int
+    layers: int
+    routed_layers: tuple[int, ...]
+    kv_dtype: str
+    store_bytes: int
+    summary_bytes: int
+    window_bytes: int
+    other_cache_bytes: int
+    working_bytes: int
+    buffer_bytes: int
+    runtime_bytes: int
+    peak_bytes: int
+    dense_kv_bytes: int
+    dense_kv_8bit_bytes: int
+    dense_kv_4bit_bytes: int
+    gpu_bytes: int | None
+    fits: bool | None
+    longest_context: int | None
+    dense_fits: bool | None
+    dense_8bit_fits: bool | None
+    dense_4bit_fits: bool | None
+    max_position_embeddings: int | None
+
+    def row(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def bundled_models() -> list[str]:
+    """Names of the models whose config ships with the package."""
+    return sorted(entry.name.removesuffix(".json") for entry in (files("hga") / "data" / "configs").iterdir())
+
+
+def find_config(name: str) -> Any:
+    """The transformers config called `name`: a bundled model, a config file, a model folder or a hub id.
+
+    ValueError in one line if there is none, or its JSON is not a model's config.
+    """
+    if name.lower() in bundled_models():
+        entry = files("hga") / "data" / "configs" / f"{name.lower()}.json"
+        return _parse_config(name, entry.read_text(encoding="utf-8"))
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ValueError(f"config file {name} does not exist")
+        try:
+            return _parse_config(name, path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return load_config(name)
+
+
+def _parse_config(name: str, text: str) -> Any:
+    try:
+        fields = json.loads(text)
+        return AutoConfig.for_model(**fields)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not a JSON text: {error}") from error
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} is not the config of a model that transformers knows; it needs a known model_type "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from error
+
+
+def plan(
+    model_config: Any,
+    hga_config: HGAConfig,
+    context: int,
+    *,
+    gpu_bytes: int | None = None,
+    weight_bits: float | None = None,
+) -> Plan:
+    """Plan one sequence of `context` tokens. No weights are loaded.
+
+    gpu_bytes: memory of the GPU; without it nothing is said to fit. weight_bits: width of the weight matrices
+    (embeddings and output head keep the model's type), by default what the config's quantisation says.
+    ValueError for a context below 1, or a model or config that HGA cannot route.
+    """
+    if context < 1:
+        raise ValueError(f"context={context} must be at least 1 token")
+    if gpu_bytes is not None and gpu_bytes <= 0:
+        raise ValueError(f"gpu_bytes={gpu_bytes} must be above 0")
+    if weight_bits is not None and not 1 <= weight_bits <= 32:
+        raise ValueError(f"weight_bits={weight_bits} must lie between 1 and 32")
+    needs = _Needs.of(model_config, hga_config, weight_bits)
+    peak = needs.peak(context)
+    dense = {bits: needs.dense_kv(context, bits) for bits in (16, 8, 4)}
+    fixed = needs.weight_bytes + needs.activation_bytes + _RUNTIME_BYTES
+    dense_fits = {bits: None if gpu_bytes is None else fixed + dense[bits] <= gpu_bytes for bits in dense}
+    return Plan(
+        context=context,
+        parameters=needs.parameters,
+        weight_bytes=needs.weight_bytes,
+        layers=len(needs.cache_layers),
+        routed_layers=needs.routed,
+        kv_dtype=str(needs.kv_dtype).removeprefix("torch."),
+        store_bytes=needs.store(context),
+        summary_bytes=needs.summaries(context),
+        window_bytes=needs.window(context),
+        other_cache_bytes=needs.other_caches(context),
+        working_bytes=needs.working(context),
+        buffer_bytes=needs.buffers(context),
+        runtime_bytes=_RUNTIME_BYTES,
+        peak_bytes=peak,
+        dense_kv_bytes=dense[16],
+        dense_kv_8bit_bytes=dense[8],
+        dense_kv_4bit_bytes=dense[4],
+        gpu_bytes=gpu_bytes,
+        fits=None if gpu_bytes is None else peak <= gpu_bytes,
+        longest_context=None if gpu_bytes is None else needs.longest(gpu_bytes),
+        dense_fits=dense_fits[16],
+        dense_8bit_fits=dense_fits[8],
+        dense_4bit_fits=dense_fits[4],
+        max_position_embeddings=getattr(needs.decoder, "max_position_embeddings", None),
+    )
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """The arithmetic of a plan: everything about a model and a config that does not depend on the context."""
+
+    decoder: Any
+    config: HGAConfig
+    parameters: int
+    weight_bytes: int
+    kv_dtype: torch.dtype
+    head_dim: int
+    cache_layers: list[Any]
+    routed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model_config: Any, config: HGAConfig, weight_bits: float | None) -> _Needs:
+        routed = routed_layers(model_config, config)
+        decoder = model_config.get_text_config(decoder=True)
+        dtype = decoder.dtype if isinstance(decoder.dtype, torch.dtype) else torch.bfloat16
+        parameters, weight_bytes = _weigh(model_config, dtype, weight_bits)
+        return cls(
+            decoder=decoder,
+            config=config,
+            parameters=parameters,
+            weight_bytes=weight_bytes,
+            kv_dtype=dtype,
+            head_dim=getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads,
+            cache_layers=DynamicCache(config=decoder).layers,
+            routed=routed,
+        )
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers of K and V of one token in one layer."""
+        return 2 * self.decoder.num_key_value_heads * self.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_numbers * self.kv_dtype.itemsize
+
+    def archived(self, context: int) -> int:
+        """Tokens in closed chunks: those that end before the window."""
+        if context < self.config.dense_positions:
+            return 0
+        closable = context - self.config.sink_tokens - self.config.window_tokens
+        return max(0, closable) // self.config.chunk_size * self.config.chunk_size
+
+    def store(self, context: int) -> int:
+        config = self.config
+        layout = RecordLayout(
+            kv_heads=self.decoder.num_key_value_heads,
+            groups=config.chunk_size // config.group_size,
+            group_size=config.group_size,
+            head_dim=self.head_dim,
+            dtype=self.kv_dtype,
+            ordered=config.ordering == "content",
+        )
+        chunks = self.archived(context) // config.chunk_size
+        return len(self.routed) * chunks * (layout.chunk_bytes + layout.order_bytes)
+
+    def summaries(self, context: int) -> int:
+        token = summary_bytes_per_token(self.config, self.head_dim, self.kv_dtype)
+        return int(len(self.routed) * self.decoder.num_key_value_heads * self.archived(context) * token)
+
+    def window(self, context: int) -> int:
+        """Sink, window, unclosed tokens and the block being read, with the buffers' eighth of slack."""
+        config = self.config
+        near = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
+        return len(self.routed) * self._near_bytes(min(context, near + config.block_tokens))
+
+    def beginning(self, context: int) -> int:
+        """K/V beside the model while queries are still dense: nothing is archived yet."""
+        tokens = min(context, self.config.dense_positions)
+        return len(self.routed) * self._near_bytes(tokens + min(tokens, self.config.block_tokens))
+
+    def _near_bytes(self, tokens: int) -> int:
+        return (tokens + max(TILE_TOKENS, tokens // 8)) * self.row_bytes
+
+    def other_caches(self, context: int) -> int:
+        return sum(
+            self._own_cache(layer, context) for i, layer in enumerate(self.cache_layers) if i not in self.routed
+        )
+
+    def _own_cache(self, layer: Any, context: int) -> int:
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(layer, DynamicLayer):
+            return self.row_bytes * min(context, window or context)
+        # Linear attention keeps a state instead of K/V: one matrix a value head, in float32.
+        heads = getattr(self.decoder, "linear_num_value_heads", 0)
+        key, value = (getattr(self.decoder, f"linear_{kind}_head_dim", 0) for kind in ("key", "value"))
+        return 4 * heads * key * value
+
+    def working(self, context: int) -> int:
+        """K/V of one layer fetched at once: what the queries of a step open, at most the whole archive."""
+        config = self.config
+        opened = config.routed_groups * config.group_size
+        queries = _NUMBERS_AT_ONCE // max(1, opened * self.row_numbers)
+        per_query = opened * (self._repeats if config.selection == "per_head" else 1)
+        return min(self.archived(context), min(TILE_TOKENS, max(1, queries)) * per_query) * self.row_bytes
+
+    @property
+    def _repeats(self) -> int:
+        return int(self.decoder.num_attention_heads // self.decoder.num_key_value_heads)
+
+    def buffers(self, context: int) -> int:
+        """Activations of a block, and what routing one layer computes: scores, and decoded node summaries."""
+        rows = 2 if self.config.far_field else 1
+        nodes = self.archived(context) // self.config.node_size
+        decoded = 4 * rows * nodes * self.decoder.num_key_value_heads * self.head_dim
+        scores = 4 * 4 * max(_NUMBERS_AT_ONCE, nodes * self.decoder.num_attention_heads)
+        return self.activation_bytes + (decoded + scores if nodes else 0)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a block of a forward holds in one layer, and the logits of one position."""
+        decoder = self.decoder
+        active = getattr(decoder, "intermediate_size", 0)
+        if experts := getattr(decoder, "num_experts_per_tok", None):
+            active = experts * getattr(decoder, "moe_intermediate_size", active)
+        queries = decoder.num_attention_heads * self.head_dim
+        width = 4 * decoder.hidden_size + 3 * active + 2 * queries + self.row_numbers
+        in_model_type = self.config.block_tokens * width * self.kv_dtype.itemsize
+        return int(in_model_type + 4 * self.config.block_tokens * queries + 4 * decoder.vocab_size)
+
+    def peak(self, context: int) -> int:
+        caches = self.summaries(context) + self.window(context) + self.working(context)
+        if self.config.store == "device":
+            caches += self.store(context)
+        caches = max(caches, self.beginning(context)) + self.other_caches(context)
+        return self.weight_bytes + caches + self.buffers(context) + _RUNTIME_BYTES
+
+    def dense_kv(self, context: int, bits: int) -> int:
+        """K/V of all layers without HGA, in `bits` a number."""
+        layers = sum(self._own_cache(layer, context) for layer in self.cache_layers)
+        return layers * bits // (8 * self.kv_dtype.itemsize)
+
+    def longest(self, gpu_bytes: int) -> int:
+        """The longest context, in whole chunks, whose peak fits; 0 if not even one chunk does."""
+        low, high = 0, _LONGEST // self.config.chunk_size
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.peak(middle * self.config.chunk_size) <= gpu_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low * self.config.chunk_size
+
+
+def _weigh(model_config: Any, dtype: torch.dtype, bits: float | None) -> tuple[int, int]:
+    """Parameters and bytes of the model's weights, counted on a model without storage."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(model_config)
+    bits = bits or _quantised_bits(model_config)
+    ends = {id(x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
+    count, total = 0, 0.0
+    for parameter in model.parameters():
+        count += parameter.numel()
+        matrix = parameter.ndim >= 2 and id(parameter) not in ends
+        total += parameter.numel() * (bits / 8 if matrix and bits else dtype.itemsize)
+    return count, int(total)
+
+
+def _quantised_bits(model_config: Any) -> float | None:
+    quantisation = getattr(model_config, "quantization_config", None)
+    if quantisation is None:
+        return None
+    fields = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    method = str(fields.get("quant_method", "")).rsplit(".", 1)[-1].lower()
+    if method == "bitsandbytes":
+        method += "_4bit" if fields.get("load_in_4bit") else "_8bit"
+    return _QUANTISED_BITS.get(method) or fields.get("bits")

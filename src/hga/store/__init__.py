@@ -1,0 +1,6 @@
+"""Where the archive's K/V lives. A store knows records and bytes; it knows nothing of routing."""
+
+from hga.store.memory import MemoryStore
+from hga.store.record import RecordLayout, Store
+
+__all__ = ["MemoryStore", "RecordLayout", "Store"]

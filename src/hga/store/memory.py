@@ -1,0 +1,119 @@
+"""Chunks in memory: on the model's device, or in host memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hga.store.record import RecordLayout
+
+_FIRST_SEGMENT_CHUNKS = 16
+_LARGEST_SEGMENT_CHUNKS = 1024
+
+
+class MemoryStore:
+    """A `Store` in memory. Segments grow geometrically, so that nothing is copied when the archive grows.
+
+    device: where the chunks live; `tier` is "ram" for host memory and "device" beside the model.
+    """
+
+    def __init__(self, layout: RecordLayout, device: torch.device, tier: str) -> None:
+        self.layout = layout
+        self.device = device
+        self.tier = tier
+        self._segments: list[Tensor] = []  # each (n, Hkv, G, 2, g, D)
+        self._orders: list[Tensor] = []  # each (n, Hkv, C) int16
+        self._first_id: list[int] = []
+        self._holders: dict[int, int] = {}
+        self._free: list[int] = []
+        self._capacity = 0
+
+    def append(self, records: Tensor, order: Tensor | None) -> list[int]:
+        """See `Store.append`. ValueError if the records do not have this store's layout."""
+        self._check(records, order)
+        while len(self._free) < len(records):
+            self._grow()
+        ids = [self._free.pop() for _ in range(len(records))]
+        for index, chunk in enumerate(ids):
+            segment, slot = self._locate(chunk)
+            self._segments[segment][slot].copy_(records[index])
+            if order is not None:
+                self._orders[segment][slot].copy_(order[index])
+            self._holders[chunk] = 1
+        return ids
+
+    def read(self, ids: list[int]) -> tuple[Tensor, Tensor | None]:
+        """See `Store.read`."""
+        places = [self._locate(self._held(chunk)) for chunk in ids]
+        records = torch.stack([self._segments[segment][slot] for segment, slot in places])
+        if not self.layout.ordered:
+            return records, None
+        return records, torch.stack([self._orders[segment][slot] for segment, slot in places]).long()
+
+    def fetch(self, ids: Tensor, groups: Tensor) -> Tensor:
+        """See `Store.fetch`. One flat index_select a segment: the fastest gather measured on a CPU."""
+        layout = self.layout
+        ids, groups = ids.to(self.device), groups.to(self.device)
+        head = torch.arange(layout.kv_heads, device=self.device)[:, None]
+        places = ((ids * layout.kv_heads + head) * layout.groups + groups).flatten()
+        run = (2, layout.group_size, layout.head_dim)
+        if len(self._segments) == 1:
+            return self._segments[0].view(-1, *run).index_select(0, places).view(*ids.shape, *run)
+        out = torch.empty((places.numel(), *run), dtype=layout.dtype, device=self.device)
+        per_chunk = layout.kv_heads * layout.groups
+        for segment, first in zip(self._segments, self._first_id, strict=True):
+            low, high = first * per_chunk, (first + len(segment)) * per_chunk
+            here = ((places >= low) & (places < high)).nonzero().flatten()
+            if here.numel():
+                taken = segment.view(-1, *run).index_select(0, places.index_select(0, here) - low)
+                out.index_copy_(0, here, taken)
+        return out.view(*ids.shape, *run)
+
+    def retain(self, ids: list[int]) -> None:
+        """See `Store.retain`."""
+        for chunk in ids:
+            self._holders[self._held(chunk)] += 1
+
+    def release(self, ids: list[int]) -> None:
+        """See `Store.release`. Memory of released chunks is reused, and given back when none is held."""
+        for chunk in ids:
+            self._holders[self._held(chunk)] -= 1
+            if not self._holders[chunk]:
+                del self._holders[chunk]
+                self._free.append(chunk)
+        if not self._holders:
+            self._segments, self._orders, self._first_id, self._free, self._capacity = [], [], [], [], 0
+
+    def held_bytes(self) -> dict[str, int]:
+        """See `Store.held_bytes`."""
+        return {self.tier: len(self._holders) * (self.layout.chunk_bytes + self.layout.order_bytes)}
+
+    def _grow(self) -> None:
+        count = min(max(_FIRST_SEGMENT_CHUNKS, self._capacity), _LARGEST_SEGMENT_CHUNKS)
+        self._segments.append(torch.empty((count, *self.layout.shape), dtype=self.layout.dtype, device=self.device))
+        if self.layout.ordered:
+            shape = (count, self.layout.kv_heads, self.layout.tokens)
+            self._orders.append(torch.empty(shape, dtype=torch.int16, device=self.device))
+        self._first_id.append(self._capacity)
+        self._free.extend(range(self._capacity + count - 1, self._capacity - 1, -1))
+        self._capacity += count
+
+    def _locate(self, chunk: int) -> tuple[int, int]:
+        segment = len(self._first_id) - 1
+        while self._first_id[segment] > chunk:
+            segment -= 1
+        return segment, chunk - self._first_id[segment]
+
+    def _held(self, chunk: int) -> int:
+        if chunk not in self._holders:
+            raise KeyError(f"chunk {chunk} is not held by this store; it was released or never appended")
+        return chunk
+
+    def _check(self, records: Tensor, order: Tensor | None) -> None:
+        if tuple(records.shape[1:]) != self.layout.shape or records.dtype != self.layout.dtype:
+            raise ValueError(
+                f"records of shape {tuple(records.shape[1:])} and {records.dtype} do not fit this store's "
+                f"layout {self.layout.shape} and {self.layout.dtype}"
+            )
+        if (order is not None) != self.layout.ordered:
+            raise ValueError(f"this store's layout has ordered={self.layout.ordered}; order was {order is not None}")
