@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py --model FOLDER --gguf-file FILE --document FILE --tokens 8192 \\
         --rules balanced,contiguous,paper,balanced+selection=per_head --budget 1/32 --simulate
 
-One JSON line a rule: loss through the cache against dense, and (with --simulate) the paired difference to
+One JSON line a rule: loss through the cache against dense; with --simulate a second one, the paired difference to
 `simulation.py` over the same tokens. A rule is a preset, with changes behind plus signs. Needs no GPU, but wants one.
 """
 
@@ -108,17 +108,19 @@ def main() -> None:
     )
     for score in evaluate_nll(model, ids, {"dense": None, **rules}):
         row = {name: round(x, 5) if isinstance(x, float) else x for name, x in score.row().items()}
+        print(json.dumps(row), flush=True)
         if options.simulate and score.rule in rules:
             started = time.perf_counter()
             oracle = simulated_losses(model, ids, rules[score.rule])
             difference, error = paired_gap(score.losses, oracle)
-            row |= {
+            simulated = {
+                "simulation_of": score.rule,
                 "simulated_nll": round(oracle.double().mean().item(), 5),
                 "real_less_simulated": round(difference, 5),
                 "paired_se": round(error, 5),
                 "simulation_seconds": round(time.perf_counter() - started, 1),
             }
-        print(json.dumps(row), flush=True)
+            print(json.dumps(simulated), flush=True)
 
 
 if __name__ == "__main__":

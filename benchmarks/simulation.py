@@ -21,7 +21,12 @@ _NEVER = float("-inf")
 
 @torch.no_grad()
 def simulate(
-    config: HGAConfig, query: Tensor, key: Tensor, value: Tensor, scale: float, frequencies: Tensor | None = None
+    config: HGAConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    frequencies: Tensor | None = None,
 ) -> Tensor:
     """Routed attention of every position: query (Hq, T, D), key and value (Hkv, T, D) -> (Hq, T, D).
 
@@ -105,7 +110,10 @@ def _tile(
         far = (group_scores + math.log(size)).masked_fill(~candidates | opened, _NEVER)
         unscored = ~scored[..., :archived:per_node]
         logits += [far, (node_scores + math.log(node)).masked_fill(~unscored, _NEVER)]
-        values += [torch.cat([node_values.repeat_interleave(per_node, 1), group_values[:, archived:]], 1), node_values]
+        values += [
+            torch.cat([node_values.repeat_interleave(per_node, 1), group_values[:, archived:]], 1),
+            node_values,
+        ]
     weights = torch.softmax(torch.cat(logits, -1), -1)
     return torch.einsum("hrmn,hnd->hrmd", weights, torch.cat(values, 1))
 

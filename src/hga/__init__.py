@@ -1,8 +1,8 @@
 """Hierarchical Global Attention: a pretrained transformer reads more context than its GPU can hold.
 
-    import hga
-    hga.enable(model)                      # or: past_key_values=hga.HGACache(config=model.config)
-    model.generate(**inputs)
+import hga
+hga.enable(model)                      # or: past_key_values=hga.HGACache(config=model.config)
+model.generate(**inputs)
 """
 
 from hga.cache import CacheStats, HGACache

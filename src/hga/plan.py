@@ -30,13 +30,13 @@ _QUANTISED_BITS = {"fp8": 8.0, "mxfp4": 4.25, "bitsandbytes_4bit": 4.5, "bitsand
 class Plan:
     """Bytes that one sequence of `context` tokens needs, by place.
 
-    On the GPU: weight_bytes; summary_bytes and window_bytes (sink, window, unclosed tokens and a block) of the
-    routed layers; other_cache_bytes (layers that are not routed); working_bytes (K/V fetched at once);
+    On the GPU: weight_bytes; summary_bytes and window_bytes (sink, window, unclosed tokens and a block) of
+    the routed layers; other_cache_bytes (layers that are not routed); working_bytes (K/V fetched at once);
     buffer_bytes (activations of a block and scores, an estimate); runtime_bytes (the CUDA context, assumed);
     peak_bytes, their sum, or what the densely read beginning needs where that is more. In the store:
     store_bytes. Instead of all that, dense K/V would need dense_kv_bytes (16 bits) on the GPU, or
-    dense_kv_8bit_bytes, dense_kv_4bit_bytes (scales not counted). With gpu_bytes given: whether each fits, and
-    longest_context, the longest that fits with HGA (0 if none does).
+    dense_kv_8bit_bytes, dense_kv_4bit_bytes (scales not counted). With gpu_bytes given: whether each fits,
+    and longest_context, the longest that fits with HGA (0 if none does).
     """
 
     context: int
@@ -192,17 +192,18 @@ class _Needs:
     @property
     def row_numbers(self) -> int:
         """Numbers of K and V of one token in one layer."""
-        return 2 * self.decoder.num_key_value_heads * self.head_dim
+        return int(2 * self.decoder.num_key_value_heads * self.head_dim)
 
     @property
     def row_bytes(self) -> int:
         return self.row_numbers * self.kv_dtype.itemsize
 
     def archived(self, context: int) -> int:
-        """Tokens in closed chunks: those that end before the window."""
+        """Tokens in closed chunks: those that end before the window of the last tile's first position."""
         if context < self.config.dense_positions:
             return 0
-        closable = context - self.config.sink_tokens - self.config.window_tokens
+        tile = context // TILE_TOKENS * TILE_TOKENS
+        closable = tile - self.config.sink_tokens - self.config.window_tokens
         return max(0, closable) // self.config.chunk_size * self.config.chunk_size
 
     def store(self, context: int) -> int:
@@ -237,9 +238,7 @@ class _Needs:
         return (tokens + max(TILE_TOKENS, tokens // 8)) * self.row_bytes
 
     def other_caches(self, context: int) -> int:
-        return sum(
-            self._own_cache(layer, context) for i, layer in enumerate(self.cache_layers) if i not in self.routed
-        )
+        return sum(self._own_cache(layer, context) for i, layer in enumerate(self.cache_layers) if i not in self.routed)
 
     def _own_cache(self, layer: Any, context: int) -> int:
         window = getattr(layer, "sliding_window", None)
@@ -248,7 +247,7 @@ class _Needs:
         # Linear attention keeps a state instead of K/V: one matrix a value head, in float32.
         heads = getattr(self.decoder, "linear_num_value_heads", 0)
         key, value = (getattr(self.decoder, f"linear_{kind}_head_dim", 0) for kind in ("key", "value"))
-        return 4 * heads * key * value
+        return int(4 * heads * key * value)
 
     def working(self, context: int) -> int:
         """K/V of one layer fetched at once: what the queries of a step open, at most the whole archive."""
@@ -309,7 +308,8 @@ class _Needs:
 def _weigh(model_config: Any, dtype: torch.dtype, bits: float | None) -> tuple[int, int]:
     """Parameters and bytes of the model's weights, counted on a model without storage."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(model_config)
     bits = bits or _quantised_bits(model_config)
     ends = {id(x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
     count, total = 0, 0.0

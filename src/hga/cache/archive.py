@@ -21,7 +21,9 @@ OpenStore = Callable[[RecordLayout], Store]
 class Archive:
     """Chunks of one row, immutable and in position order. Beams share them through the store."""
 
-    def __init__(self, config: HGAConfig, open_store: OpenStore, inverse_frequencies: Tensor | None, like: Tensor) -> None:
+    def __init__(
+        self, config: HGAConfig, open_store: OpenStore, inverse_frequencies: Tensor | None, like: Tensor
+    ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
         self._config = config
         self.summaries = Summaries(config, like.dtype, inverse_frequencies)

@@ -96,6 +96,14 @@ class HGACache(DynamicCache):
         for layer in self.routed:
             layer.counters.reset()
 
+    def check_model(self, config: Any) -> None:
+        """ValueError if `config` is of another model than the one that this cache was built for."""
+        self.routed[0].check_model(config.get_text_config(decoder=True))
+
+    def check_room(self, tokens: int) -> None:
+        """ValueError if a prompt of `tokens` more ends beyond the model's positions."""
+        self.routed[0].check_room(tokens)
+
     @property
     def routed(self) -> list[HGALayer]:
         """The routed layers."""
@@ -111,5 +119,5 @@ class HGACache(DynamicCache):
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         for index in routed_layers(decoder, self.hga_config):
             frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None
-            shape = LayerShape(decoder.num_key_value_heads, head_dim, limit, frequencies)
+            shape = LayerShape(decoder.num_key_value_heads, head_dim, limit, frequencies, decoder)
             self.layers[index] = HGALayer(self.hga_config, index, shape, handshake)

@@ -66,6 +66,15 @@ def check_model_config(config: Any) -> None:
             )
 
 
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What tells the K/V of one model's config from those of another; the weights are not seen."""
+    names = (
+        *("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+        *("vocab_size", "layer_types", "rope_parameters"),
+    )
+    return {name: getattr(config, name, None) for name in names}
+
+
 def routed_layers(config: Any, hga_config: HGAConfig) -> tuple[int, ...]:
     """Indices of the layers that HGA routes: full attention, and not in `dense_layers`.
 
@@ -86,5 +95,7 @@ def routed_layers(config: Any, hga_config: HGAConfig) -> tuple[int, ...]:
         )
     routed = tuple(index for index in full if index not in hga_config.dense_layers)
     if not routed:
-        raise ValueError(f"dense_layers={hga_config.dense_layers} leaves no layer to route; keep at least one of {full}")
+        raise ValueError(
+            f"dense_layers={hga_config.dense_layers} leaves no layer to route; keep at least one of {full}"
+        )
     return routed

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hga.cache.row import Counters, Row, Scoring
+from hga.cache.families import fingerprint
+from hga.cache.routed import Scoring
+from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
 from hga.store import MemoryStore, RecordLayout, Store
 
@@ -35,6 +37,7 @@ class LayerShape:
     head_dim: int
     position_limit: int | None
     inverse_frequencies: Tensor | None = field(repr=False, default=None)
+    model_config: Any = field(repr=False, default=None)
 
 
 class HGALayer(CacheLayerMixin):
@@ -45,7 +48,7 @@ class HGALayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, hga_config: HGAConfig, layer_idx: int, shape: LayerShape, handshake: Handshake) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.hga_config = hga_config
         self.layer_idx = layer_idx
         self.counters = Counters()
@@ -123,7 +126,7 @@ class HGALayer(CacheLayerMixin):
         removed = -int(tokens_to_remove)
         if removed < 0:
             raise ValueError(
-                f"crop({-removed}): give a negative number of tokens to remove, e.g. crop(-{-removed} ) keeps the rest"
+                f"crop({-removed}): give the number of tokens to remove as a negative number, e.g. crop({removed})"
             )
         for row in self.rows:
             row.crop(row.length - removed)
@@ -159,7 +162,9 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(f"layer {self.layer_idx}: attention without a preceding update() of this cache layer")
         keys, values = self._new
         if value.data_ptr() != values.data_ptr():
-            raise RuntimeError(f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga")
+            raise RuntimeError(
+                f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
+            )
         self._new, self._handshake.awaiting = None, None
         tokens, kv_heads = query.shape[2], keys.shape[1]
         out = torch.zeros_like(query)
@@ -182,14 +187,16 @@ class HGALayer(CacheLayerMixin):
                 )
             return [0] * len(self.rows)
         if padding.shape[1] != self._seen:
-            raise ValueError(f"attention_mask covers {padding.shape[1]} tokens, the cache {self._seen}; it must cover all")
+            raise ValueError(
+                f"attention_mask covers {padding.shape[1]} tokens, the cache {self._seen}; it must cover all"
+            )
         pads = (~padding).sum(1).tolist()
         leading = (padding.long().cumsum(1) == 0).sum(1).tolist()
         for index, (row, total, lead) in enumerate(zip(self.rows, pads, leading, strict=True)):
             if total != lead or (row.length and total != padded_before[index]):
                 raise ValueError(
-                    f"row {index} of attention_mask has padding that is not at its left (or that changed since the last "
-                    "call); hga supports left padding: set tokenizer.padding_side = 'left'"
+                    f"row {index} of attention_mask has padding that is not at its left (or that changed since the "
+                    "last call); hga supports left padding: set tokenizer.padding_side = 'left'"
                 )
         return [lead - before for lead, before in zip(leading, padded_before, strict=True)]
 
@@ -210,6 +217,32 @@ class HGALayer(CacheLayerMixin):
     def archived_tokens(self) -> int:
         """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
         return sum(row.chunks * self.hga_config.chunk_size for row in self.rows)
+
+    # ---- checks that a model's forward makes beforehand ----------------------------------------------
+
+    def check_room(self, tokens: int) -> None:
+        """ValueError if a prompt of `tokens` more ends beyond the model's positions."""
+        limit = self.shape.position_limit
+        if limit is not None and tokens > 1 and self._seen + tokens > limit:
+            raise ValueError(
+                f"{self._seen + tokens} tokens exceed the model's {limit} positions. Scale its RoPE before loading, "
+                'e.g. config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": ..., '
+                '"original_max_position_embeddings": ...} (command line: --rope-scaling yarn:4)'
+            )
+
+    def check_model(self, config: Any) -> None:
+        """ValueError if `config` is of another model than the one that this cache was built for."""
+        own = self.shape.model_config
+        if config is own or config is None or own is None:
+            return
+        other = fingerprint(config)
+        for name, value in fingerprint(own).items():
+            if other[name] != value:
+                raise ValueError(
+                    f"this cache was built for another model: {name}={value}, this one has {other[name]}; "
+                    "build HGACache(config=model.config) from this model's config"
+                )
+        self.shape.model_config = config  # an equal one: the next check is one comparison
 
     # ---- inside --------------------------------------------------------------------------------------
 
@@ -247,18 +280,17 @@ class HGALayer(CacheLayerMixin):
         self._check_shape(keys, values)
         if keys.dtype != self.dtype or values.dtype != self.dtype:
             raise TypeError(f"K/V of {keys.dtype} and {values.dtype} do not fit a cache that holds {self.dtype}")
-        if keys.device != self.device:
-            raise ValueError(f"K/V on {keys.device} do not fit a cache on {self.device}; call cache.reset() first")
+        if keys.device != self.device or values.device != self.device:
+            raise ValueError(
+                f"K/V on {keys.device} and {values.device} do not fit a cache on {self.device}; "
+                "call cache.reset() first"
+            )
         if keys.shape[0] != len(self.rows):
             raise ValueError(
                 f"a batch of {keys.shape[0]} does not fit a cache of {len(self.rows)} rows; call cache.reset() first"
             )
-        limit, tokens = self.shape.position_limit, keys.shape[2]
-        if limit is not None and tokens > 1 and self._seen + tokens > limit:
-            raise ValueError(
-                f"{self._seen + tokens} tokens exceed the model's {limit} positions. Scale its RoPE before loading, e.g. "
-                'config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": ..., '
-                '"original_max_position_embeddings": ...} (command line: --rope-scaling yarn:4)'
-            )
+        self.check_room(keys.shape[2])
         if torch.is_grad_enabled() and keys.requires_grad:
-            raise RuntimeError("an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache")
+            raise RuntimeError(
+                "an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +10,31 @@ from torch import Tensor
 
 from hga.cache.archive import Archive
 from hga.config import HGAConfig
-from hga.ops.attention import FarField, Output, Part, attend, far_logits
-from hga.ops.routing import NEVER, choose, score, unite
+from hga.ops.attention import FarField, Part, attend_once
+from hga.ops.routing import NEVER, choose, score, score_blocks, unite
 from hga.ops.summaries import mean_rows, summarise_keys
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a layer's attention adds to the dot product: scale, soft cap, learned sinks (Hkv, R)."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Near:
     """What a row keeps beside the model in position order: the sink, then all that follows the last closed chunk.
 
-    keys, values (Hkv, n, D) in the compute type; index (M,): place of each query's own token.
+    keys, values (Hkv, n, D) in the compute type. The M queries are those of consecutive tokens, the first of
+    which sits at place `first`.
     """
 
     keys: Tensor
     values: Tensor
-    index: Tensor
+    first: int
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Routed:
-    """A tile's output and what it cost: unique tokens of a KV head (M,) opened by its R heads, bytes fetched."""
+    """A tile's output (H, R, M, D) and what it cost: unique tokens of a KV head (M,) opened by its R heads, bytes."""
 
-    output: Output
+    output: Tensor
     unique_opened: Tensor | None
     fetched_bytes: int
 
@@ -52,7 +63,7 @@ def attend_routed(
     query: Tensor,
     near: Near,
     archive: Archive | None,
-    softcap: float | None,
+    scoring: Scoring,
     inverse_frequencies: Tensor | None,
 ) -> Routed:
     """Route and attend scaled queries of one tile (H, R, M, D) whose closed chunks are in `archive`.
@@ -61,12 +72,14 @@ def attend_routed(
     and its window are formed by position and opened like any other.
     """
     size, sink = config.group_size, config.sink_tokens
-    pending = pending_groups(config, near.index)  # (M,)
-    groups = int(pending[-1])
+    device, queries, softcap = query.device, query.shape[2], scoring.softcap
+    groups = int(pending_groups(config, torch.tensor(near.first + queries - 1)))
+    index = torch.arange(near.first, near.first + queries, device=device)[:, None]  # (M, 1)
+    pending = pending_groups(config, index)
     span = slice(sink, sink + groups * size)
-    too_new = torch.arange(groups, device=query.device) >= pending[:, None]  # (M, P)
+    too_new = torch.arange(groups, device=device) >= pending  # (M, P)
     pending_scores = score(query, summarise_keys(near.keys[:, span], size, inverse_frequencies), softcap)
-    pending_scores = pending_scores.masked_fill(too_new, NEVER)
+    pending_scores.masked_fill_(too_new, NEVER)
     candidates = None if archive is None else score_archive(config, query, archive, softcap)
     scores = pending_scores
     if candidates is not None:
@@ -74,27 +87,30 @@ def attend_routed(
     opened = choose(scores, config.routed_groups, config.selection)  # (H, R', M, P + K)
     opened_near, opened_far = opened[..., :groups], opened[..., groups:]
 
-    place = torch.arange(near.keys.shape[1], device=query.device)
-    window = sink + pending[:, None] * size
-    always = (place <= near.index[:, None]) & ((place < sink) | (place >= window))  # (M, n)
+    place = torch.arange(near.keys.shape[1], device=device)
+    always = (place <= index) & ((place < sink) | (place >= sink + pending * size))  # (M, n)
     exact = always.expand(*opened.shape[:3], -1).clone()  # (H, R', M, n)
     exact[..., span] |= opened_near.repeat_interleave(size, -1)
-    parts = [Part(score(query, near.keys, softcap).masked_fill(~exact, NEVER), near.values)]
+    parts = [Part(score(query, near.keys, softcap).masked_fill_(~exact, NEVER), near.values)]
     if config.far_field and groups:
-        unopened = far_logits(pending_scores, size).masked_fill(opened_near, NEVER)
+        # From here on the scores are needed as far-field logits only: each mean key counts for its tokens.
+        unopened = pending_scores.add_(math.log(size)).masked_fill_(opened_near, NEVER)
         parts.append(Part(unopened, mean_rows(near.values[:, span], size)))
     fetched_bytes, far = 0, None
     if archive is not None and candidates is not None:
-        part, fetched_bytes = _attend_opened(config, query, archive, candidates, opened_far, softcap)
-        parts += part
-        if config.far_field:
+        opened_parts, fetched_bytes = _opened_parts(config, query, archive, candidates, opened_far, softcap)
+        parts += opened_parts
+        if config.far_field and config.two_level:
             far = _far_field(config, archive, candidates, opened_far, query.dtype)
+        elif config.far_field:
+            unopened = candidates.node_scores.add_(math.log(size)).masked_fill_(opened_far, NEVER)
+            parts.append(Part(unopened, archive.summaries.node_values.blocks(query.dtype)))
     unique = opened.any(1).sum(-1).double().mean(0) * size if opened.shape[1] > 1 else None
-    return Routed(attend(parts, far), unique, fetched_bytes)
+    return Routed(attend_once(parts, far, scoring.sinks), unique, fetched_bytes)
 
 
 def pending_groups(config: HGAConfig, index: Tensor) -> Tensor:
-    """Groups by position, behind the archive, that each query may open: (M,).
+    """Groups by position, behind the archive, that the query at each place of `near` may open.
 
     The window starts on a group boundary; what is older than it is routed.
     """
@@ -105,22 +121,22 @@ def pending_groups(config: HGAConfig, index: Tensor) -> Tensor:
 def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: float | None) -> Candidates:
     """Score the nodes, keep the best for each query, and score their groups."""
     work, summaries = query.dtype, archive.summaries
-    node_scores = score(query, summaries.node_keys.decode(work), softcap)  # (H, R, M, N)
+    node_scores = score_blocks(query, summaries.node_keys.blocks(work), softcap)  # (H, R, M, N)
     heads, nodes = node_scores.shape[0], node_scores.shape[-1]
     every = torch.arange(nodes, device=query.device).expand(heads, nodes)
     if not config.two_level:
         return Candidates(every, None, node_scores, node_scores[..., None])
     per_node = config.node_size // config.group_size
     if nodes <= config.candidate_nodes:
-        scores = score(query, summaries.group_keys.decode(work), softcap)
+        scores = score_blocks(query, summaries.group_keys.blocks(work), softcap)
         return Candidates(every, None, node_scores, scores.unflatten(-1, (-1, per_node)))
     ids, member = unite(choose(node_scores, config.candidate_nodes, config.selection))
     scores = score(query, summaries.group_keys.decode_units(ids, per_node, work), softcap)
-    scores = scores.unflatten(-1, (-1, per_node)).masked_fill(~member[..., None], NEVER)
+    scores = scores.unflatten(-1, (-1, per_node)).masked_fill_(~member[..., None], NEVER)
     return Candidates(ids, member, node_scores, scores)
 
 
-def _attend_opened(
+def _opened_parts(
     config: HGAConfig,
     query: Tensor,
     archive: Archive,
@@ -138,22 +154,21 @@ def _attend_opened(
     fetched_bytes = keys.numel() * keys.element_size() * 2
     keys, values = keys.to(query.dtype), values.to(query.dtype)
     logits = score(query, keys, softcap)
-    if member.shape[1:3] != (1, 1) or not bool(member.all()):
-        logits = logits.masked_fill(~member.repeat_interleave(config.group_size, -1), NEVER)
+    logits.masked_fill_(~member.repeat_interleave(config.group_size, -1), NEVER)
     return [Part(logits, values)], fetched_bytes
 
 
 def _far_field(
     config: HGAConfig, archive: Archive, candidates: Candidates, opened: Tensor, work: torch.dtype
 ) -> FarField:
-    """Every archived token that a query did not open, by its group's or its node's summary."""
-    nodes = far_logits(candidates.node_scores, config.node_size)
+    """Every archived token that a query did not open: by its group where that was scored, else by its node."""
+    nodes = candidates.node_scores.add_(math.log(config.node_size))
     if candidates.member is None:
         nodes = torch.full_like(nodes, NEVER)
     else:
         index = candidates.nodes[:, None, None, :].expand(*nodes.shape[:3], -1)
         kept = nodes.gather(-1, index).masked_fill(candidates.member, NEVER)
-        nodes = nodes.scatter(-1, index, kept)
-    groups = far_logits(candidates.group_scores, config.group_size)
-    groups = groups.masked_fill(opened.unflatten(-1, groups.shape[-2:]), NEVER)
-    return FarField(nodes, groups, candidates.nodes, archive.summaries.node_values.decode(work))
+        nodes.scatter_(-1, index, kept)
+    groups = candidates.group_scores.add_(math.log(config.group_size))
+    groups.masked_fill_(opened.unflatten(-1, groups.shape[-2:]), NEVER)
+    return FarField(nodes, groups, candidates.nodes, archive.summaries.node_values.blocks(work))

@@ -13,23 +13,14 @@ import torch
 from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
-from hga.cache.routed import Near, attend_routed, pending_groups
+from hga.cache.routed import Near, Scoring, attend_routed, pending_groups
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import compute_dtype
 from hga.ops.routing import NEVER, score
 
 _SCORES_AT_ONCE = 1 << 23  # logits held at once while a tile is attended (32 MiB in float32)
-_FETCHED_NUMBERS_AT_ONCE = 1 << 23  # K/V numbers held at once by the queries of a tile
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What a layer's attention adds to the dot product: scale, soft cap, learned sinks (Hkv, R)."""
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
+_FETCHED_NUMBERS_AT_ONCE = 1 << 25  # K/V numbers held at once by the queries of a tile
 
 
 @dataclass
@@ -129,37 +120,38 @@ class Row:
 
     def _attend_dense(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Attend to everything before each query: `near` causally, the archive streamed."""
-        work = query.dtype
+        work, place = query.dtype, self._index_of(first)
         keys, values = self._near()
-        position = torch.arange(first, first + query.shape[2], device=query.device)
-        unseen = torch.arange(keys.shape[1], device=query.device) > self._index_of(position)[:, None]
-        logits = score(query, keys.to(work), scoring.softcap).masked_fill(unseen, NEVER)
+        index = torch.arange(place, place + query.shape[2], device=query.device)
+        unseen = torch.arange(keys.shape[1], device=query.device) > index[:, None]
+        logits = score(query, keys.to(work), scoring.softcap).masked_fill_(unseen, NEVER)
         output = attend([Part(logits, values.to(work))])
         for keys, values in () if self._archive is None else self._archive.stream():
             part = Part(score(query, keys.to(work), scoring.softcap), values.to(work))
             output = merge(output, attend([part]))
-        context = (position + 1).cpu()
+        context = torch.arange(first + 1, first + query.shape[2] + 1)
         self._counters.add(context, context, context)
         return add_sinks(output, scoring.sinks)
 
     def _attend_routed(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Route and attend queries of one tile, scaled, whose closed chunks are in the archive."""
         keys, values = (x.to(query.dtype) for x in self._near())
-        position = torch.arange(first, first + query.shape[2], device=query.device)
-        near = Near(keys, values, self._index_of(position))
+        near = Near(keys, values, self._index_of(first))
         archive = self._archive if self.chunks else None
-        routed = attend_routed(self._config, query, near, archive, scoring.softcap, self._inverse_frequencies)
-        self._count(position, near.index, routed.unique_opened, routed.fetched_bytes)
-        return add_sinks(routed.output, scoring.sinks)
+        routed = attend_routed(self._config, query, near, archive, scoring, self._inverse_frequencies)
+        self._count(first, query.shape[2], routed.unique_opened, routed.fetched_bytes)
+        return routed.output
 
-    def _count(self, position: Tensor, index: Tensor, unique: Tensor | None, fetched_bytes: int) -> None:
+    def _count(self, first: int, queries: int, unique: Tensor | None, fetched_bytes: int) -> None:
+        """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
         config = self._config
+        index = torch.arange(self._index_of(first), self._index_of(first) + queries)
         pending = pending_groups(config, index)
         closed = self.chunks * config.chunk_size // config.group_size
         opened = (pending + closed).clamp(max=config.routed_groups) * config.group_size
         always = index + 1 - pending * config.group_size
-        fetched = always + (opened if unique is None else unique)
-        self._counters.add((position + 1).cpu(), (always + opened).cpu(), fetched.cpu())
+        fetched = always + (opened if unique is None else unique.cpu())
+        self._counters.add(torch.arange(first + 1, first + queries + 1), always + opened, fetched)
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
 
     def _dense_block(self, query: Tensor) -> int:
@@ -172,7 +164,7 @@ class Row:
         config, (heads, repeats, _, width) = self._config, query.shape
         units = self.chunks * config.chunk_size // (config.node_size if config.two_level else config.group_size)
         scored = repeats * (units + self.near_length)
-        fetched = max(1, config.routed_groups) * config.group_size * 2 * width
+        fetched = 2 * width * max(1, min(config.routed_groups * config.group_size, self.length))
         return min(TILE_TOKENS, max(1, min(_SCORES_AT_ONCE // scored, _FETCHED_NUMBERS_AT_ONCE // fetched) // heads))
 
     # ---- closing, rewinding, sharing -----------------------------------------------------------------
@@ -205,10 +197,10 @@ class Row:
         else:
             self._keys[:, :used], self._values[:, :used] = keys, values
 
-    def _index_of(self, position: Tensor) -> Tensor:
-        """Index in `near` of positions that are in no closed chunk."""
-        behind = position - self.chunks * self._config.chunk_size
-        return torch.where(position < self._config.sink_tokens, position, behind)
+    def _index_of(self, position: int) -> int:
+        """Index in `near` of a position that is in no closed chunk."""
+        closed = self.chunks * self._config.chunk_size
+        return position if position < self._config.sink_tokens else position - closed
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; chunks that end after `length` minus the window reopen."""

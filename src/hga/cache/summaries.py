@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from hga.ops.precision import Rows, decode_rows, encode_rows, resolve_summary_dt
 from hga.ops.routing import take_rows
 from hga.ops.summaries import mean_rows, summarise_keys
 
+_DECODED_AT_ONCE = 2048  # rows a KV head: a block that a CPU's cache holds
 _GROWTH = 8  # capacity grows by an eighth: little slack, few copies
 
 
@@ -37,9 +40,12 @@ class GrowingRows:
         """Forget all rows but the first `length`."""
         self.length = min(self.length, length)
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """All rows (Hkv, n, D) as `dtype`."""
-        return decode_rows(self._rows(), dtype)
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """All rows as `dtype`, (Hkv, some, D) at a time: the decoded copy stays small whatever the context."""
+        data, scale = self._rows()
+        for start in range(0, self.length, _DECODED_AT_ONCE):
+            here = slice(start, start + _DECODED_AT_ONCE)
+            yield decode_rows(Rows(data[:, here], None if scale is None else scale[:, here]), dtype)
 
     def decode_units(self, ids: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
         """The rows of units of `unit` consecutive rows: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hga.cli.options import Json
-from hga.cli.output import byte_progress, console, emit, in_bytes, say, table
-from hga.models import SMOLLM2, cached_path, fetch, is_intact, remove
+from hga.cli.options import Json, fetch_with_progress
+from hga.cli.output import console, emit, in_bytes, table
+from hga.models import SMOLLM2, cached_path, is_intact, remove
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -37,7 +37,7 @@ def list_models(json: Json = False) -> None:
         row = {"name": SMOLLM2.name, "cached": cached, "bytes": SMOLLM2.size, "path": str(path)}
         emit(row | {"licence": SMOLLM2.licence, "sha256": SMOLLM2.sha256})
         return
-    listing = table("Models", "name", "size", "licence", "cached")
+    listing = table("name", "size", "licence", "cached")
     listing.add_row(SMOLLM2.name, in_bytes(SMOLLM2.size), SMOLLM2.licence, "yes" if cached else "no")
     console.print(listing)
     console.print(f"{'at' if cached else 'would be kept at'} {path}", markup=False, soft_wrap=True)
@@ -69,10 +69,6 @@ def remove_model(name: Name = SMOLLM2.name, json: Json = False) -> None:
         emit({"name": name, "cached": False, "freed_bytes": freed})
     else:
         console.print(f"{name}: {in_bytes(freed)} freed" if freed else f"{name} was not in the cache")
-
-
-def fetch_with_progress() -> Path:
-    """Fetch the default model, with progress on stderr. OSError as `hga.models.fetch`."""
 
 
 def _check(name: str) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hga.cli.output import byte_progress, messages
+from hga.cli.output import byte_progress, in_bytes, messages, say
 from hga.config import PRESETS, HGAConfig
-from hga.models import SMOLLM2, RopeScaling
+from hga.models import SMOLLM2, RopeScaling, cached_path, fetch, is_intact
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout, everything else on stderr.")]
 Model = Annotated[
-    str, typer.Option("--model", metavar="M", help=f"{SMOLLM2.name}, a local folder, or a Hugging Face hub id.")
+    str,
+    typer.Option("--model", metavar="M", help=f"{SMOLLM2.name}, a local folder, or a Hugging Face hub id."),
 ]
 GgufFile = Annotated[
-    str | None, typer.Option("--gguf-file", metavar="F", help="A GGUF file in the model's folder: load that one.")
+    str | None,
+    typer.Option("--gguf-file", metavar="F", help="A GGUF file in the model's folder: load that one."),
 ]
 Preset = Annotated[str, typer.Option("--preset", metavar="P", help=f"How to route: {', '.join(PRESETS)}.")]
 Budget = Annotated[
@@ -34,7 +34,8 @@ Rope = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; by default a CUDA device if there is one.")
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...; by default a CUDA device if there is one."),
 ]
 Dtype = Annotated[
     str | None,
@@ -69,18 +70,19 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load model and tokenizer with a sign of life on stderr. ValueError for a bad option or a missing model."""
+    """Load model and tokenizer with a sign of life on stderr. ValueError for a bad option or model."""
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     types = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in types:
         raise ValueError(f"--dtype {dtype} must be one of {', '.join(types)}")
-    with waiting(f"loading {model}"):
+    if model == SMOLLM2.name and gguf_file is None:
+        fetch_with_progress()
+    with messages.status(f"loading {model} ..."):
         import torch
 
-        from hga.models import load_model, locate
+        from hga.models import load_model
 
         _check_device(device)
-        locate(model, gguf_file)
         return load_model(
             model,
             gguf_file,
@@ -88,6 +90,15 @@ def load(
             device=device,
             rope_scaling=scaling,
         )
+
+
+def fetch_with_progress() -> Path:
+    """Path of the default model's file, fetched with progress on stderr if need be. OSError as `fetch`."""
+    if not is_intact():
+        say(f"{SMOLLM2.name} ({in_bytes(SMOLLM2.size)}) is fetched once, into {cached_path().parent}")
+    with byte_progress() as progress:
+        task = progress.add_task("unpacking", total=SMOLLM2.size, visible=False)
+        return fetch(report=lambda copied: progress.update(task, completed=copied, visible=True))
 
 
 def _check_device(device: str | None) -> None:
@@ -100,10 +111,3 @@ def _check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {cause}") from error
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr around work whose length is not known."""
-    with messages.status(f"{what} ..."):
-        yield

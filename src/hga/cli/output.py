@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 console = Console(highlight=False)
@@ -21,7 +28,7 @@ def emit(row: Mapping[str, Any]) -> None:
 
 def say(text: str) -> None:
     """Print a remark on stderr."""
-    messages.print(text, markup=False)
+    messages.print(text, markup=False, soft_wrap=True)
 
 
 def token_progress() -> Progress:
@@ -38,14 +45,12 @@ def token_progress() -> Progress:
 
 def byte_progress() -> Progress:
     """A progress bar of bytes, on stderr, gone when done."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=messages, transient=True
-    )
+    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=messages, transient=True)
 
 
-def table(title: str, *columns: str) -> Table:
+def table(*columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(header_style="bold")
     made.add_column(columns[0])
     for name in columns[1:]:
         made.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of a document under routing rules, through the real cache and the real routed path."""
+"""Negative log-likelihood of a document under routing rules, through the real cache and routed path."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Progress = Callable[[int], object]
 class RuleScore:
     """What one rule lost and used on a document.
 
-    tokens: tokens read. budget_tokens: exact tokens a query, None for dense. attended: share of the context that
-    a query head attended exactly; fetched: the same for the unique tokens of a KV head; both are means over the
-    scored positions. device_bytes: summaries, window and working set (all K/V for dense). store_bytes: the
-    archive. summary_share: summary bytes over K/V bytes of an archived token. nll: nats a token, mean over the
-    second half. gap_nats: nll less that of dense, se_nats its standard error over tokens, both None without
-    a dense run. seconds: the whole reading. losses: float32, one a scored token.
+    tokens: tokens read. budget_tokens: exact tokens a query, None for dense. attended: share of the context
+    that a query head attended exactly; fetched: the same for the unique tokens of a KV head; both are means
+    over the scored positions. device_bytes: summaries, window and working set (all K/V for dense).
+    store_bytes: the archive. summary_share: summary bytes over K/V bytes of an archived token. nll: nats a
+    token, mean over the second half. gap_nats: nll less that of dense; se_nats: its standard error over
+    tokens; both None without a dense run. seconds: the whole reading. losses: float32, one a scored token.
     """
 
     rule: str
@@ -72,29 +72,27 @@ def resolve_rules(
 ) -> dict[str, HGAConfig | None]:
     """Configs of the named rules for a document of `tokens` tokens, "dense" (None) first.
 
-    names: "dense", "window" (sink and window only), presets, or keys of `own`. fraction: the budget as a share
-    of `tokens`; without it each config keeps its own. Every rule routes from the first token on.
+    names: "dense", "window" (sink and window only), presets, or keys of `own`. fraction: the budget as a
+    share of `tokens`; without it each config keeps its own. Every rule routes from the first token on.
     ValueError for an unknown rule, a fraction outside (0, 1], or a budget that a rule cannot work with.
     """
-    own = own or {}
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"budget {fraction} must be a share of the context above 0 and at most 1, e.g. 1/32")
-    budget = None if fraction is None else int(fraction * tokens)
+    if not names:
+        raise ValueError("no rule is named; for example dense,balanced")
+    bases = {"window": HGAConfig()} | {name: HGAConfig.preset(name) for name in PRESETS} | dict(own or {})
     rules: dict[str, HGAConfig | None] = {"dense": None} if "dense" in names else {}
     for name in names:
         if name == "dense":
             continue
-        if name not in own and name not in PRESETS and name != "window":
-            known = ", ".join(["dense", "window", *PRESETS, *own])
-            raise ValueError(f"rule {name!r} is unknown; choose from {known}, or pass --config FILE")
+        if name not in bases:
+            raise ValueError(f"rule {name!r} is unknown; choose from dense, {', '.join(bases)}")
+        budget = bases[name].budget_tokens if fraction is None else int(fraction * tokens)
         try:
-            if name == "window" and name not in own:
-                rules[name] = _window_only(budget or HGAConfig().budget_tokens)
+            if name == "window":
+                rules[name] = _window_only(budget)
             else:
-                base = own[name] if name in own else HGAConfig.preset(name)
-                rules[name] = base.replace(
-                    prefill="routed", dense_below=0, budget_tokens=budget or base.budget_tokens
-                )
+                rules[name] = bases[name].replace(prefill="routed", dense_below=0, budget_tokens=budget)
         except ValueError as error:
             raise ValueError(f"rule {name!r} on {tokens} tokens: {error}") from error
     return rules
@@ -128,8 +126,8 @@ def read(
 ) -> Tensor:
     """Feed all of `ids` (1, N) but the last token to the model, block by block, and keep K/V in `cache`.
 
-    Returns the losses (N - 1 - score_from,) in nats, float32, of predicting ids[i + 1] at the positions i from
-    `score_from` on. The last token is left to the caller: nothing is known to follow it, and it is where
+    Returns the losses (N - 1 - score_from,) in nats, float32, of predicting ids[i + 1] at the positions i
+    from `score_from` on. The last token is left to the caller: nothing is known to follow it, and it is where
     decoding goes on. at_scoring is called before the first scored block.
     """
     count = ids.shape[1] - 1
@@ -164,8 +162,8 @@ def evaluate_nll(
     """Score every token of the second half of `ids` (1, N) under each rule, teacher forcing, dense first.
 
     The document is fed in blocks of `block_tokens`; the result does not depend on them. Counters cover the
-    scored positions only. progress is called with the rule and the number of tokens just read. ValueError if the
-    document is too short to have a second half, or the model's family is unsupported.
+    scored positions only. progress is called with the rule and the number of tokens just read. ValueError if
+    the document is too short to have a second half, or the model's family is unsupported.
     """
     if ids.shape[1] < 4:
         raise ValueError(f"{ids.shape[1]} tokens are too few to score a second half; give at least 4")
@@ -195,7 +193,7 @@ def evaluate_nll(
 
 
 def held_bytes(cache: DynamicCache) -> dict[str, Any]:
-    """What a cache holds where and what its queries attended, in the terms of `RuleScore`; dense caches too."""
+    """What a cache holds where and what its queries attended, in `RuleScore`'s terms; dense caches too."""
     if isinstance(cache, hga.HGACache):
         stats = cache.stats()
         names = ("attended", "fetched", "device_bytes", "store_bytes", "summary_share")
@@ -225,3 +223,16 @@ def _read_by_rule(
             progress=progress,
         )
     return losses, held_bytes(routed)
+
+
+def first_tokens(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    """The first `tokens` token ids of a text, (1, tokens). ValueError, with its length, if it is shorter."""
+    ids: list[int] = []
+    # Tokenizing megabytes for a few thousand tokens takes long; 16 characters a token are mostly plenty.
+    for part in (text[: 16 * tokens], text):
+        ids = tokenizer(part, verbose=False).input_ids
+        if len(ids) >= tokens or len(part) == len(text):
+            break
+    if len(ids) < tokens:
+        raise ValueError(f"the document has {len(ids)} tokens, fewer than the {tokens} asked for; lower --tokens")
+    return torch.tensor([ids[:tokens]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Logits (H, R, M, K), -inf where not attended, and the values (H, K, D) that they weigh."""
+    """Logits (H, R, M, K), -inf where not attended, and the values (H, K, D) that they weigh.
+
+    Values may come in blocks along K, so that decoded summaries need not be held at once.
+    """
 
     logits: Tensor
-    values: Tensor
+    values: Tensor | Iterable[Tensor]
 
 
 class FarField(NamedTuple):
@@ -27,7 +30,7 @@ class FarField(NamedTuple):
     node_logits: Tensor
     group_logits: Tensor
     nodes: Tensor
-    values: Tensor
+    values: Tensor | Iterable[Tensor]
 
 
 class Output(NamedTuple):
@@ -39,26 +42,48 @@ class Output(NamedTuple):
 
 def attend(parts: list[Part], far: FarField | None = None) -> Output:
     """One softmax over all parts and the far field. Every query must attend to something."""
+    joined, sizes = _join(parts, far)
+    weights = torch.softmax(joined, -1)
+    # The largest weight is exp(0) / sum, which gives the log-sum-exp back: exp and logsumexp themselves take a
+    # slow path for -inf on a CPU (measured 10 times slower), softmax does not.
+    logsumexp = joined.amax(-1, keepdim=True) - torch.log(weights.amax(-1, keepdim=True))
+    return Output(_weigh_parts(weights, sizes, parts, far), logsumexp)
+
+
+def attend_once(parts: list[Part], far: FarField | None = None, sinks: Tensor | None = None) -> Tensor:
+    """The output (H, R, M, D) where nothing is merged later; learned sink logits (H, R) enter the sum once."""
+    if sinks is not None:
+        return add_sinks(attend(parts, far), sinks)
+    joined, sizes = _join(parts, far)
+    return _weigh_parts(torch.softmax(joined, -1), sizes, parts, far)
+
+
+def _join(parts: list[Part], far: FarField | None) -> tuple[Tensor, list[int]]:
     logits = [part.logits for part in parts]
     if far is not None:
         logits += [far.node_logits, far.group_logits.flatten(-2)]
-    joined = logits[0] if len(logits) == 1 else torch.cat(logits, -1)
-    # softmax alone handles -inf at full speed on a CPU (exp and logsumexp take a slow path there, measured 10
-    # times slower); its largest weight is exp(0) / sum, which gives the log-sum-exp back.
-    weights = torch.softmax(joined, -1)
-    logsumexp = joined.amax(-1, keepdim=True) - torch.log(weights.amax(-1, keepdim=True))
-    shares = weights.split([x.shape[-1] for x in logits], -1)
-    value = sum(_weigh(share, part.values) for share, part in zip(shares, parts, strict=False))
+    return (logits[0] if len(logits) == 1 else torch.cat(logits, -1)), [x.shape[-1] for x in logits]
+
+
+def _weigh_parts(weights: Tensor, sizes: list[int], parts: list[Part], far: FarField | None) -> Tensor:
+    shares = weights.split(sizes, -1)
+    total = _weigh(shares[0], parts[0].values)
+    for share, part in zip(shares[1 : len(parts)], parts[1:], strict=True):
+        total += _weigh(share, part.values)
     if far is not None:
-        value = value + _weigh(_fold(shares[-2], shares[-1], far), far.values)
-    assert isinstance(value, Tensor)
-    return Output(value, logsumexp)
+        total += _weigh(_fold(shares[-2], shares[-1], far), far.values)
+    return total
 
 
-def _weigh(weights: Tensor, values: Tensor) -> Tensor:
+def _weigh(weights: Tensor, values: Tensor | Iterable[Tensor]) -> Tensor:
     heads, repeats, queries, count = weights.shape
-    out = weights.reshape(heads, repeats * queries, count) @ values
-    return out.view(heads, repeats, queries, -1)
+    flat = weights.reshape(heads, repeats * queries, count)
+    total, start = None, 0
+    for block in (values,) if isinstance(values, Tensor) else values:
+        share = flat[..., start : start + block.shape[1]] @ block
+        total, start = share if total is None else total + share, start + block.shape[1]
+    assert total is not None
+    return total.view(heads, repeats, queries, -1)
 
 
 def _fold(node_weights: Tensor, group_weights: Tensor, far: FarField) -> Tensor:
@@ -81,8 +106,3 @@ def add_sinks(output: Output, sinks: Tensor | None) -> Tensor:
         return output.value
     logit = sinks[:, :, None, None].to(output.value.dtype)
     return output.value * torch.sigmoid(output.logsumexp - logit)
-
-
-def far_logits(scores: Tensor, tokens: int) -> Tensor:
-    """Logits of summaries: each mean key counts for its `tokens` tokens."""
-    return scores + math.log(tokens)

@@ -31,10 +31,10 @@ def content_order(keys: Tensor, values: Tensor, group_size: int) -> Tensor:
     """
     *batch, chunk, _ = keys.shape
     work = compute_dtype(keys.dtype)
-    features = torch.cat(
-        [_standardise(keys.to(work)), _VALUE_WEIGHT * _standardise(values.to(work))], -1
-    ).flatten(0, -3)  # (X, C, F)
-    count, _, width = features.shape
+    features = torch.cat([_standardise(keys.to(work)), _VALUE_WEIGHT * _standardise(values.to(work))], -1)
+    width = features.shape[-1]
+    features = features.reshape(-1, chunk, width)  # (X, C, F)
+    count = features.shape[0]
     start = _start_vector(width, work, features.device)
     order = torch.arange(chunk, device=features.device).repeat(count, 1)  # (X, C)
     size = chunk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ def score(query: Tensor, keys: Tensor, softcap: float | None = None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
+def score_blocks(query: Tensor, blocks: Iterable[Tensor], softcap: float | None = None) -> Tensor:
+    """`score` with keys that come in blocks along K."""
+    return torch.cat([score(query, keys, softcap) for keys in blocks], -1)
+
+
 def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     """Mark the `keep` candidates with the largest attention mass.
 
@@ -23,18 +30,18 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     Returns bool (H, R', M, K), R' = 1 or R. Never marks a candidate that is -inf; marks all that are
     finite when there are at most `keep`, which is what makes a full budget dense.
     """
-    allowed = scores > NEVER
-    # A query with no candidate would turn its softmax into NaN; it chooses nothing below.
-    mass = torch.softmax(scores, -1).nan_to_num(0.0)
-    if selection == "shared":
-        mass, allowed = mass.sum(1, keepdim=True), allowed[:, :1]
+    allowed = (scores[:, :1] if selection == "shared" else scores) > NEVER
     if keep >= scores.shape[-1]:
         return allowed
-    mass = mass.masked_fill(~allowed, -1.0)
+    mass = torch.softmax(scores, -1)
+    if selection == "shared":
+        mass = mass.sum(1, keepdim=True)
+    # Not allowed is below any mass, even one that underflows to 0, or NaN where a query has no candidate at all.
+    mass.masked_fill_(~allowed, -1.0)
     chosen = torch.zeros_like(allowed)
     if keep > 0:
         chosen.scatter_(-1, mass.topk(keep, -1, sorted=False).indices, True)
-    return chosen & allowed
+    return chosen.logical_and_(allowed)
 
 
 def unite(chosen: Tensor) -> tuple[Tensor, Tensor]:

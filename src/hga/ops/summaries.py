@@ -11,7 +11,8 @@ SLOW_PHASE_RADIANS = 0.5
 
 def mean_rows(rows: Tensor, size: int) -> Tensor:
     """Plain means of each `size` consecutive rows: (..., T, D) -> (..., T // size, D)."""
-    return rows.unflatten(-2, (-1, size)).mean(-2)
+    means: Tensor = rows.unflatten(-2, (-1, size)).mean(-2)
+    return means
 
 
 def mixed_rope_means(keys: Tensor, size: int, inverse_frequencies: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hga.cache import HGALayer
-from hga.cache.row import Scoring
+from hga.cache.routed import Scoring
+
+EMPTY_PROMPT = "the prompt is empty: give at least one token in input_ids or inputs_embeds"
 
 _HARMLESS = {
     "position_ids",
@@ -40,7 +42,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register("hga", hga_mask)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hga_attention(
     module: nn.Module,
     query: Tensor,
@@ -71,9 +73,10 @@ def hga_attention(
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"layer {layer.layer_idx}: routed attention takes a 2-D padding mask, got shape {tuple(attention_mask.shape)}; "
-            "custom 4-D masks are not supported with an HGACache"
+            f"layer {layer.layer_idx}: routed attention takes a 2-D padding mask, got shape "
+            f"{tuple(attention_mask.shape)}; custom 4-D masks are not supported with an HGACache"
         )
+    layer.check_model(getattr(module, "config", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.view(key.shape[1], -1)
     out = layer.attend(query, value, attention_mask, Scoring(scale, softcap, sinks))
@@ -84,7 +87,7 @@ def hga_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -92,8 +95,11 @@ def hga_mask(
 ) -> Tensor | None:
     """None for plain causal attention, the 2-D padding mask (B, kv_length) with padding; never O(n^2).
 
-    Static caches, packed sequences and sliding windows get sdpa's 4-D boolean mask.
+    Static caches, packed sequences and sliding windows get sdpa's 4-D boolean mask. ValueError for an empty
+    prompt, and for a mask that covers only part of the keys.
     """
+    if q_length == 0:
+        raise ValueError(EMPTY_PROMPT)
     plain = mask_function is causal_mask_function and not isinstance(q_offset, Tensor)
     if not plain or kv_offset != 0 or kv_length != q_offset + q_length:
         kwargs["allow_is_causal_skip"] = False
@@ -108,7 +114,14 @@ def hga_mask(
             **kwargs,
         )
         return mask
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, cache and new tokens are {kv_length}; "
+            "it must cover all"
+        )
+    if bool(attention_mask.all()):
         return None
     return attention_mask[:, :kv_length].bool()
 

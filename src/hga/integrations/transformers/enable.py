@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hga.cache import HGACache
 from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
+from hga.integrations.transformers.attention import EMPTY_PROMPT
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _STATE = "_hga_enabled"
@@ -25,7 +27,8 @@ class _Enabled:
     """What `disable` puts back."""
 
     implementation: str
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None
+    """An instance's own forward (accelerate's hooks set one); None where it was the class's."""
 
 
 def enable(model: Model, config: HGAConfig | str = "balanced") -> Model:
@@ -39,10 +42,15 @@ def enable(model: Model, config: HGAConfig | str = "balanced") -> Model:
     if not isinstance(hga_config, HGAConfig):
         raise TypeError(f"config={config!r} must be an HGAConfig or the name of a preset")
     check_model_config(model.config)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model; hga.enable takes a ...ForCausalLM "
+            "(of a PEFT model: model.get_base_model())"
+        )
     routed_layers(model.config.get_text_config(decoder=True), hga_config)
     disable(model)
     inner = model.forward
-    state = _Enabled(model.config._attn_implementation, inner)
+    state = _Enabled(model.config._attn_implementation, vars(model).get("forward"))
     model.set_attn_implementation("hga")
     # An instance attribute over the class's method, as accelerate's hooks do; wraps keeps the signature, which
     # generate inspects.
@@ -55,7 +63,10 @@ def disable(model: Model) -> Model:
     """Give the model back its attention implementation and its forward. A model that is not enabled stays as is."""
     state: _Enabled | None = getattr(model, _STATE, None)
     if state is not None:
-        model.forward = state.forward
+        if state.forward is None:
+            del model.forward
+        else:
+            model.forward = state.forward
         model.set_attn_implementation(state.implementation)
         delattr(model, _STATE)
     return model
@@ -86,7 +97,7 @@ def _forward(
     """The model's forward with a routed cache, a long input fed block by block."""
     tokens = inputs_embeds if inputs_embeds is not None else input_ids
     if tokens is None or tokens.shape[1] == 0:
-        raise ValueError("the prompt is empty: give at least one token in input_ids or inputs_embeds")
+        raise ValueError(EMPTY_PROMPT)
     cache = _routed_cache(model, hga_config, past_key_values, use_cache)
     call = functools.partial(inner, past_key_values=cache, use_cache=use_cache, **kwargs)
     count = tokens.shape[1]
@@ -99,6 +110,7 @@ def _forward(
             inputs_embeds=inputs_embeds,
             logits_to_keep=logits_to_keep,
         )
+    cache.check_room(count)
     past, kept = cache.get_seq_length(), int(logits_to_keep) or count
     # Blocks of one size: a last block of a single token would count as decoding in an exact prefill.
     size = -(-count // blocks)
@@ -123,6 +135,7 @@ def _forward(
 def _routed_cache(model: PreTrainedModel, hga_config: HGAConfig, cache: Any, use_cache: bool | None) -> Any:
     """The cache of this call, routed where it is new. Training and use_cache=False stay without one."""
     if isinstance(cache, HGACache):
+        cache.check_model(model.config)
         if cache.hga_config != hga_config:
             raise ValueError(
                 f"this cache was built for {cache.hga_config}, the model is enabled with {hga_config}; "
@@ -152,5 +165,9 @@ def _splittable(attention_mask: Any, logits_to_keep: Any, kwargs: dict[str, Any]
     """Whether a forward over blocks gives what one forward gives: a 2-D mask, and only logits asked for."""
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         return False
+    if kwargs.get("return_dict") is False:
+        return False
     asked = ("labels", "output_hidden_states", "output_attentions")
-    return isinstance(logits_to_keep, int) and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in asked)
+    return isinstance(logits_to_keep, int) and not any(
+        kwargs.get(name) is not None and kwargs[name] is not False for name in asked
+    )

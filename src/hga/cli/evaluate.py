@@ -1,0 +1,104 @@
+"""`hga eval`: what routing loses on a document."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, read_text
+from hga.cli.output import console, emit, in_bytes, table, token_progress
+from hga.config import HGAConfig
+from hga.models import SMOLLM2, check_positions
+
+if TYPE_CHECKING:
+    from hga.evals.nll import RuleScore
+
+app = typer.Typer()
+
+
+@app.callback()
+def evaluate() -> None:
+    """Measure fidelity on real text."""
+
+
+@app.command("nll")
+def nll(
+    document: Annotated[Path, typer.Option("--document", metavar="FILE", help="UTF-8 text to read.")],
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Read the first N tokens of it.")] = 8192,
+    rules: Annotated[
+        str,
+        typer.Option("--rules", help="Presets, dense, window (sink and window only), or names given by --config."),
+    ] = "dense,contiguous,balanced",
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125."),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
+    ] = None,
+    model: Model = SMOLLM2.name,
+    gguf_file: GgufFile = None,
+    rope_scaling: Rope = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Score the second half of a document under each rule: one row a rule, with the gap to dense attention.
+
+    Every token is scored under teacher forcing through the real cache, routed from the first token on.
+
+    Example: hga eval nll --document book.txt --tokens 8192 --rules dense,paper,balanced --budget 1/6
+    """
+    own = {path.stem: HGAConfig.from_json(read_text(path)) for path in config or []}
+    names = [name.strip() for name in rules.split(",") if name.strip()] + [n for n in own if n not in rules.split(",")]
+    text = read_text(document)
+    share = None if budget is None else parse_share(budget)
+    if tokens < 4:
+        raise ValueError(f"--tokens {tokens} must be at least 4, so that there is a second half to score")
+    from hga.evals.nll import evaluate_nll, first_tokens, resolve_rules
+
+    resolved = resolve_rules(names, tokens, share, own)
+    loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
+    check_positions(loaded.config, tokens)
+    ids = first_tokens(tokenizer, text, tokens).to(loaded.device)
+    scores: list[RuleScore] = []
+    with token_progress() as progress:
+        tasks = {rule: progress.add_task(rule, total=tokens - 1) for rule in resolved}
+        for score in evaluate_nll(loaded, ids, resolved, progress=lambda rule, n: progress.advance(tasks[rule], n)):
+            scores.append(score)
+            if json:
+                emit({"model": model, "document": document.name} | score.row())
+    if not json:
+        _show(document.name, tokens, scores)
+
+
+def parse_share(text: str) -> float:
+    """Read 1/32 or 0.03125. ValueError for another form."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--budget {text!r} must be a share of the context such as 1/32 or 0.03125") from error
+
+
+def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:
+    console.print(f"{document}, {tokens:,} tokens, means over the second half", style="bold")
+    columns = ("rule", "budget", "attended", "fetched", "nll", "gap", "± se", "on device", "store", "seconds")
+    shown = table(*columns)
+    for score in scores:
+        gap = ("", "") if score.gap_nats is None else (f"{score.gap_nats:+.4f}", f"{score.se_nats:.4f}")
+        shown.add_row(
+            score.rule,
+            "" if score.budget_tokens is None else f"{score.budget_tokens:,}",
+            f"{score.attended:.1%}",
+            f"{score.fetched:.1%}",
+            f"{score.nll:.4f}",
+            *gap,
+            in_bytes(score.device_bytes),
+            in_bytes(score.store_bytes),
+            f"{score.seconds:.0f}",
+        )
+    console.print(shown)

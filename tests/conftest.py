@@ -1,0 +1,55 @@
+"""What all tests share: few threads, derandomised property tests, the benchmarks' simulation on the path."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+torch.set_num_threads(1)  # tiny tensors: two contended threads are many times slower than one
+settings.register_profile("hga", derandomize=True, deadline=None, max_examples=25, print_blob=False)
+settings.load_profile("hga")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> tuple[Any, Any]:
+    """The default model's real weights and tokenizer, float32: one copy in the process, shared by all tests."""
+    from hga.models import load_model
+
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def recorded_layer(default_model: tuple[Any, Any]) -> Any:
+    """Q, K and V of one layer of the default model on 2,000 tokens of the demo's text."""
+    from importlib.resources import files
+
+    from rows import Sequence3
+
+    model, tokenizer = default_model
+    ids = tokenizer((files("hga.data") / "thursday.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    recorded: dict[str, Any] = {}
+
+    def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        if module.layer_idx == 12:
+            heads = key.shape[1]
+            recorded["sequence"] = Sequence3(query[0].unflatten(0, (heads, -1)), key[0], value[0])
+            recorded["config"] = module.config
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("recording", record)
+    AttentionMaskInterface.register("recording", sdpa_mask)
+    model.set_attn_implementation("recording")
+    try:
+        with torch.no_grad():
+            model.model(ids[:, :2000], use_cache=False)
+    finally:
+        model.set_attn_implementation("sdpa")
+    return SimpleNamespace(layer_idx=12, **recorded)

@@ -1,0 +1,162 @@
+"""The evaluation: its losses are those of the model, its routed path that of decoding."""
+
+import pytest
+import torch
+from tiny_model import byte_tokenizer, tiny_model
+from transformers import DynamicCache
+
+import hga
+from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read, resolve_rules
+
+SMALL = {
+    "chunk_size": 32,
+    "group_size": 4,
+    "node_size": 8,
+    "overselection": 2,
+    "sink_tokens": 4,
+    "window_tokens": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 256, (1, 512), generator=torch.Generator().manual_seed(1))
+
+
+def reference_losses(model, ids):
+    """Losses of predicting ids[i + 1] from i in the second half, from one plain forward."""
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    half = ids.shape[1] // 2
+    return torch.nn.functional.cross_entropy(logits[half:-1].float(), ids[0, half + 1 :], reduction="none")
+
+
+def own_rule(budget: int, **changes) -> dict:
+    return {"own": hga.HGAConfig(**(SMALL | changes), budget_tokens=budget, prefill="routed")}
+
+
+def test_dense_losses_are_the_models(model, ids):
+    (score,) = evaluate_nll(model, ids, {"dense": None}, block_tokens=100)
+    torch.testing.assert_close(score.losses, reference_losses(model, ids))
+    assert score.losses.shape == (255,)
+    assert score.nll == pytest.approx(score.losses.mean().item())
+    assert (score.gap_nats, score.se_nats, score.attended) == (0.0, 0.0, 1.0)
+    assert score.device_bytes == 2 * 2 * 511 * 2 * 8 * 8  # layers, K and V, tokens, heads, width, float64
+
+
+def test_full_budget_loses_nothing(model, ids):
+    dense, routed = evaluate_nll(model, ids, {"dense": None, **own_rule(512)})
+    torch.testing.assert_close(routed.losses, dense.losses)
+    assert routed.attended == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"far_field": False}, {"selection": "per_head"}, {"ordering": "position"}])
+def test_equals_decoding_token_by_token(model, ids, changes):
+    rule = own_rule(64, **changes)
+    (score,) = evaluate_nll(model, ids, rule)
+    config, losses = rule["own"], []
+    cache = hga.HGACache(config=model.config, hga_config=config)
+    with hga.enabled(model, config), torch.no_grad():
+        for position in range(511):
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, position + 1 : position + 2]))
+    torch.testing.assert_close(score.losses, torch.stack(losses[256:]), rtol=1e-6, atol=1e-6)
+    assert score.attended < 0.3
+    assert (score.losses - reference_losses(model, ids)).abs().max() > 1e-3  # routing was really at work
+
+
+def test_blocks_do_not_matter(model, ids):
+    scores = [next(iter(evaluate_nll(model, ids, own_rule(64), block_tokens=size))) for size in (64, 100, 512)]
+    for score in scores[1:]:
+        torch.testing.assert_close(score.losses, scores[0].losses, rtol=1e-6, atol=1e-6)
+        assert score.attended == pytest.approx(scores[0].attended)
+
+
+def test_counters_cover_the_scored_positions(model, ids):
+    (score,) = evaluate_nll(model, ids, own_rule(64))
+    # The budget over the context length, averaged over positions 256 to 510 only.
+    most = sum(64 / (position + 1) for position in range(256, 511)) / 255
+    assert 0.8 * most <= score.attended <= most
+
+
+def test_dense_comes_first_and_gaps_are_paired(model, ids):
+    scores = list(evaluate_nll(model, ids, {**own_rule(64), "dense": None}))
+    assert [score.rule for score in scores] == ["dense", "own"]
+    assert (scores[1].gap_nats, scores[1].se_nats) == paired_gap(scores[1].losses, scores[0].losses)
+    assert scores[1].gap_nats == pytest.approx(scores[1].nll - scores[0].nll, abs=1e-6)
+    assert 0 < scores[1].summary_share < 1
+    assert scores[1].store_bytes > 0
+    assert "losses" not in scores[1].row()
+
+
+def test_without_dense_there_is_no_gap(model, ids):
+    (score,) = evaluate_nll(model, ids, own_rule(64))
+    assert score.gap_nats is None
+    assert score.se_nats is None
+
+
+def test_the_model_is_given_back(model, ids):
+    before = model.config._attn_implementation
+    list(evaluate_nll(model, ids, own_rule(64)))
+    assert model.config._attn_implementation == before
+    with hga.enabled(model), pytest.raises(ValueError, match="enabled already"):
+        next(iter(evaluate_nll(model, ids, {"dense": None})))
+
+
+def test_progress_counts_every_token(model, ids):
+    seen = {}
+    rules = {"dense": None, **own_rule(64)}
+    list(evaluate_nll(model, ids, rules, progress=lambda rule, n: seen.update({rule: seen.get(rule, 0) + n})))
+    assert seen == {"dense": 511, "own": 511}
+
+
+def test_read_leaves_the_last_token_to_the_caller(model, ids):
+    cache = DynamicCache(config=model.config)
+    read(model, ids, cache, score_from=256)
+    assert cache.get_seq_length() == 511
+
+
+def test_paired_gap():
+    gap, error = paired_gap(torch.tensor([2.0, 4.0, 6.0, 4.0]), torch.tensor([1.0, 3.0, 3.0, 3.0]))
+    assert gap == pytest.approx(1.5)
+    assert error == pytest.approx(1.0 / 2.0)
+
+
+def test_resolve_rules():
+    rules = resolve_rules(["balanced", "dense", "window", "paper"], 32768, 1 / 8)
+    assert next(iter(rules)) == "dense"
+    assert rules["dense"] is None
+    for name in ("balanced", "window", "paper"):
+        assert rules[name].budget_tokens == 4096
+        assert rules[name].dense_positions == 0
+    assert not rules["window"].far_field
+    assert rules["window"].routed_groups == 1
+    assert resolve_rules(["fidelity"], 100)["fidelity"].budget_tokens == 4096
+
+
+def test_resolve_rules_refuses():
+    with pytest.raises(ValueError, match="'quest' is unknown"):
+        resolve_rules(["quest"], 100)
+    with pytest.raises(ValueError, match="rule 'paper' on 8192 tokens: budget_tokens=256 must be at least"):
+        resolve_rules(["paper"], 8192, 1 / 32)
+    for share in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="share of the context"):
+            resolve_rules(["balanced"], 100, share)
+
+
+def test_first_tokens():
+    tokenizer = byte_tokenizer()
+    text = "To be, or not to be. " * 400
+    torch.testing.assert_close(first_tokens(tokenizer, text, 50)[0], torch.tensor(tokenizer(text).input_ids[:50]))
+    with pytest.raises(ValueError, match=r"has 21 tokens, fewer than the 22"):
+        first_tokens(tokenizer, text[:21], 22)
+
+
+def test_a_document_without_a_second_half(model):
+    with pytest.raises(ValueError, match="too few"):
+        next(iter(evaluate_nll(model, torch.zeros(1, 3, dtype=torch.long), {"dense": None})))
