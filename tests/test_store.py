@@ -58,9 +58,13 @@ def test_read_and_fetch_over_growing_segments(count):
         torch.randint(0, count, (3, 50), generator=generator),
         torch.randint(0, 4, (3, 50), generator=generator),
     )
-    fetched = store.fetch(torch.tensor(ids)[chosen], groups)
+    held = torch.tensor(ids)
+    places = (held[chosen] * 4 + groups).sort(-1).values  # ascending for each head, with repetitions
+    fetched = torch.stack(store.fetch(places // 4, places % 4), 2)
+    of_id = {chunk: index for index, chunk in enumerate(ids)}
     for head in range(3):
-        assert torch.equal(fetched[head], packed[chosen[head], head, groups[head]])
+        wanted = [packed[of_id[int(place) // 4], head, int(place) % 4] for place in places[head]]
+        assert torch.equal(fetched[head], torch.stack(wanted))
     assert store.held_bytes() == {"ram": count * (LAYOUT.chunk_bytes + LAYOUT.order_bytes)}
 
 

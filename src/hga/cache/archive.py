@@ -77,12 +77,16 @@ class Archive:
             keys, values = self._store.layout.unpack(records.to(self._device))
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
-    def fetch(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """K/V of groups (Hkv, U), counted from the archive's start: keys, values (Hkv, U g, D)."""
+    def places(self, groups: Tensor) -> Tensor:
+        """Where groups, counted from the archive's start, are in the store: (Hkv, U) -> (Hkv, U)."""
         per_chunk = self._config.chunk_size // self._config.group_size
-        fetched = self._store.fetch(self._table[groups // per_chunk], groups % per_chunk).to(self._device)
-        keys, values = fetched.unbind(2)  # (Hkv, U, g, D)
-        return keys.flatten(1, 2), values.flatten(1, 2)
+        return self._table[groups // per_chunk] * per_chunk + groups % per_chunk
+
+    def fetch(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """K/V of groups at ascending places of the store, (Hkv, U): keys, values (Hkv, U g, D)."""
+        per_chunk = self._config.chunk_size // self._config.group_size
+        keys, values = self._store.fetch(places // per_chunk, places % per_chunk)
+        return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
 
     def fork(self) -> Archive:
         """A twin that shares the chunks and owns its summaries: a beam."""

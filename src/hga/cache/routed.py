@@ -150,7 +150,9 @@ def _opened_parts(
         return [], 0
     per_node = candidates.group_scores.shape[-1]
     groups = candidates.nodes.gather(1, units // per_node) * per_node + units % per_node
-    keys, values = archive.fetch(groups)
+    places, order = archive.places(groups).sort(-1)  # a tier reads in its own order
+    member = member.gather(-1, order[:, None, None].expand_as(member))
+    keys, values = archive.fetch(places)
     fetched_bytes = keys.numel() * keys.element_size() * 2
     keys, values = keys.to(query.dtype), values.to(query.dtype)
     logits = score(query, keys, softcap)

@@ -42,19 +42,17 @@ class GrowingRows:
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows as `dtype`, (Hkv, some, D) at a time: the decoded copy stays small whatever the context."""
-        data, scale = self._rows()
+        data, scale = self._held(), self._scale
         for start in range(0, self.length, _DECODED_AT_ONCE):
-            here = slice(start, start + _DECODED_AT_ONCE)
+            here = slice(start, min(self.length, start + _DECODED_AT_ONCE))
             yield decode_rows(Rows(data[:, here], None if scale is None else scale[:, here]), dtype)
 
     def decode_units(self, ids: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
         """The rows of units of `unit` consecutive rows: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
-        data, scale = self._rows()
-
-        def take(rows: Tensor) -> Tensor:
-            return take_rows(rows.unflatten(1, (-1, unit)), ids).flatten(1, 2)
-
-        return decode_rows(Rows(take(data), None if scale is None else take(scale)), dtype)
+        rows = (ids[..., None] * unit + torch.arange(unit, device=ids.device)).flatten(1)  # (Hkv, U * unit)
+        # From the whole buffers: cutting the slack off first would copy all rows to reach a few.
+        scale = None if self._scale is None else take_rows(self._scale, rows)
+        return decode_rows(Rows(take_rows(self._held(), rows), scale), dtype)
 
     def clone(self) -> GrowingRows:
         """An independent copy."""
@@ -68,11 +66,10 @@ class GrowingRows:
         """Bytes allocated, growth slack included."""
         return sum(x.numel() * x.element_size() for x in (self._data, self._scale) if x is not None)
 
-    def _rows(self) -> Rows:
+    def _held(self) -> Tensor:
         if self._data is None:
             raise ValueError("no rows yet: a chunk has to close before its summaries can be read")
-        scale = self._scale
-        return Rows(self._data[:, : self.length], None if scale is None else scale[:, : self.length])
+        return self._data
 
 
 def _grown(buffer: Tensor | None, like: Tensor, length: int) -> Tensor:

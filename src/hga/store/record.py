@@ -80,8 +80,11 @@ class Store(Protocol):
         """Whole chunks (N, Hkv, G, 2, g, D) and permutations (N, Hkv, C), on the tier's own device."""
         ...
 
-    def fetch(self, ids: Tensor, groups: Tensor) -> Tensor:
-        """Groups for each KV head: chunk ids and group indices, both (Hkv, U) -> (Hkv, U, 2, g, D)."""
+    def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Groups of each KV head: chunk ids and group indices, both (Hkv, U) -> keys, values (Hkv, U, g, D).
+
+        For each head the pairs (id, group) must ascend, so that a tier can read in its own order.
+        """
         ...
 
     def retain(self, ids: list[int]) -> None:
