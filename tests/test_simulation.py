@@ -5,8 +5,10 @@ import torch
 from rows import feed, new_row, random_sequence
 from simulation import simulate
 
+from hga.cache import routed, row
 from hga.cache.rope import inverse_frequencies
 from hga.config import PRESETS, HGAConfig
+from hga.store import MemoryStore
 
 
 def _config(preset: str, chunk: int) -> HGAConfig:
@@ -49,3 +51,19 @@ def test_recorded_layer(preset, recorded_layer):
     different = (real.flatten(0, 1) - oracle).abs().amax(-1) > 1e-4
     # Float32 sums in another order may break a near tie; such a query opens another group and may differ.
     assert different.float().mean() <= 0.001, f"{int(different.sum())} of {different.numel()} outputs differ"
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean"])
+def test_bounded_memory_does_not_change_the_result(preset, monkeypatch):
+    """Few queries and few groups at a time, merged by log-sum-exp: what long contexts run into."""
+    for module in (routed, row):
+        monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 6000)
+    config = _config(preset, 64).replace(**({"overselection": 2} if preset == "lean" else {}))
+    sequence = random_sequence(900, 8, torch.float64)
+    fetched = []
+    fetch = MemoryStore.fetch
+    monkeypatch.setattr(MemoryStore, "fetch", lambda *given: fetched.append(given[1].shape[1]) or fetch(*given))
+    real = feed(new_row(config)[0], sequence, 0, 900, [300])
+    oracle = simulate(config, sequence.query.flatten(0, 1), sequence.key, sequence.value, 0.25)
+    torch.testing.assert_close(real.flatten(0, 1), oracle, rtol=0, atol=1e-12)
+    assert 0 < max(fetched) <= 6000 // (2 * config.group_size * 32)

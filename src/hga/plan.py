@@ -15,13 +15,14 @@ from transformers.cache_utils import DynamicLayer
 
 from hga.cache.families import routed_layers
 from hga.cache.layout import summary_bytes_per_token
+from hga.cache.routed import NUMBERS_AT_ONCE
+from hga.cache.summaries import DECODED_AT_ONCE
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.models import load_config
 from hga.store import RecordLayout
 
 GIB = 1 << 30
 _RUNTIME_BYTES = GIB // 2  # a CUDA context with its kernels: measured between 0.3 and 0.6 GiB
-_NUMBERS_AT_ONCE = 1 << 23  # how many scores, or fetched K/V numbers, a routed step holds at once
 _LONGEST = 1 << 27  # a search bound far above any model's positions
 _QUANTISED_BITS = {"fp8": 8.0, "mxfp4": 4.25, "bitsandbytes_4bit": 4.5, "bitsandbytes_8bit": 8.0}
 
@@ -250,23 +251,15 @@ class _Needs:
         return int(4 * heads * key * value)
 
     def working(self, context: int) -> int:
-        """K/V of one layer fetched at once: what the queries of a step open, at most the whole archive."""
-        config = self.config
-        opened = config.routed_groups * config.group_size
-        queries = _NUMBERS_AT_ONCE // max(1, opened * self.row_numbers)
-        per_query = opened * (self._repeats if config.selection == "per_head" else 1)
-        return min(self.archived(context), min(TILE_TOKENS, max(1, queries)) * per_query) * self.row_bytes
-
-    @property
-    def _repeats(self) -> int:
-        return int(self.decoder.num_attention_heads // self.decoder.num_key_value_heads)
+        """K/V of one layer fetched at once: bounded, and at most the whole archive."""
+        at_once = max(self.config.group_size, NUMBERS_AT_ONCE // self.row_numbers)
+        return min(self.archived(context), at_once) * self.row_bytes
 
     def buffers(self, context: int) -> int:
-        """Activations of a block, and what routing one layer computes: scores, and decoded node summaries."""
-        rows = 2 if self.config.far_field else 1
+        """Activations of a block, and what routing one layer computes: scores, and a block of decoded summaries."""
         nodes = self.archived(context) // self.config.node_size
-        decoded = 4 * rows * nodes * self.decoder.num_key_value_heads * self.head_dim
-        scores = 4 * 4 * max(_NUMBERS_AT_ONCE, nodes * self.decoder.num_attention_heads)
+        decoded = 4 * DECODED_AT_ONCE * self.decoder.num_key_value_heads * self.head_dim
+        scores = 4 * 4 * max(NUMBERS_AT_ONCE, nodes * self.decoder.num_attention_heads)
         return self.activation_bytes + (decoded + scores if nodes else 0)
 
     @property

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from hga.cache.archive import Archive
 from hga.config import HGAConfig
-from hga.ops.attention import FarField, Part, attend_once
+from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.routing import NEVER, choose, score, score_blocks, unite
 from hga.ops.summaries import mean_rows, summarise_keys
+
+NUMBERS_AT_ONCE = 1 << 22
+"""Logits, or K/V numbers, held at once while queries are attended (16 MiB in float32): keeps memory bounded."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,26 @@ def attend_routed(
         # From here on the scores are needed as far-field logits only: each mean key counts for its tokens.
         unopened = pending_scores.add_(math.log(size)).masked_fill_(opened_near, NEVER)
         parts.append(Part(unopened, mean_rows(near.values[:, span], size)))
-    fetched_bytes, far = 0, None
+    opened_blocks, far = [], None
     if archive is not None and candidates is not None:
-        opened_parts, fetched_bytes = _opened_parts(config, query, archive, candidates, opened_far, softcap)
-        parts += opened_parts
+        opened_blocks = _opened_blocks(config, query, archive, candidates, opened_far)
         if config.far_field and config.two_level:
             far = _far_field(config, archive, candidates, opened_far, query.dtype)
         elif config.far_field:
             unopened = candidates.node_scores.add_(math.log(size)).masked_fill_(opened_far, NEVER)
             parts.append(Part(unopened, archive.summaries.node_values.blocks(query.dtype)))
     unique = opened.any(1).sum(-1).double().mean(0) * size if opened.shape[1] > 1 else None
-    return Routed(attend_once(parts, far, scoring.sinks), unique, fetched_bytes)
+    fetched_bytes = 0
+    if len(opened_blocks) <= 1:
+        for block in opened_blocks:
+            part, fetched_bytes = block.fetch(query, softcap)
+            parts.append(part)
+        return Routed(attend_once(parts, far, scoring.sinks), unique, fetched_bytes)
+    output = attend(parts, far)
+    for block in opened_blocks:
+        part, block_bytes = block.fetch(query, softcap)
+        output, fetched_bytes = merge(output, attend([part])), max(fetched_bytes, block_bytes)
+    return Routed(add_sinks(output, scoring.sinks), unique, fetched_bytes)
 
 
 def pending_groups(config: HGAConfig, index: Tensor) -> Tensor:
@@ -136,28 +148,42 @@ def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: f
     return Candidates(ids, member, node_scores, scores)
 
 
-def _opened_parts(
-    config: HGAConfig,
-    query: Tensor,
-    archive: Archive,
-    candidates: Candidates,
-    opened: Tensor,
-    softcap: float | None,
-) -> tuple[list[Part], int]:
-    """The opened groups as a part, fetched once for all queries of the tile, and the bytes fetched."""
+@dataclass(frozen=True)
+class OpenedBlock:
+    """Opened groups, few enough to be held at once: places in the store (H, V), member bool (H, R', M, V)."""
+
+    config: HGAConfig
+    archive: Archive
+    places: Tensor
+    member: Tensor
+
+    def fetch(self, query: Tensor, softcap: float | None) -> tuple[Part, int]:
+        """Fetch the groups, once for all queries of the tile: their part, and the bytes fetched."""
+        keys, values = self.archive.fetch(self.places)
+        fetched_bytes = keys.numel() * keys.element_size() * 2
+        logits = score(query, keys.to(query.dtype), softcap)
+        logits.masked_fill_(~self.member.repeat_interleave(self.config.group_size, -1), NEVER)
+        return Part(logits, values.to(query.dtype)), fetched_bytes
+
+
+def _opened_blocks(
+    config: HGAConfig, query: Tensor, archive: Archive, candidates: Candidates, opened: Tensor
+) -> list[OpenedBlock]:
+    """The groups that the queries of a tile opened, each once, in blocks whose K/V and logits stay bounded."""
     units, member = unite(opened)  # (H, V), (H, R', M, V)
     if not units.shape[-1]:
-        return [], 0
+        return []
     per_node = candidates.group_scores.shape[-1]
     groups = candidates.nodes.gather(1, units // per_node) * per_node + units % per_node
     places, order = archive.places(groups).sort(-1)  # a tier reads in its own order
     member = member.gather(-1, order[:, None, None].expand_as(member))
-    keys, values = archive.fetch(places)
-    fetched_bytes = keys.numel() * keys.element_size() * 2
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
-    logits = score(query, keys, softcap)
-    logits.masked_fill_(~member.repeat_interleave(config.group_size, -1), NEVER)
-    return [Part(logits, values)], fetched_bytes
+    heads, repeats, queries, width = query.shape
+    numbers = heads * config.group_size * max(2 * width, repeats * queries)
+    size = max(1, NUMBERS_AT_ONCE // numbers)
+    return [
+        OpenedBlock(config, archive, places[:, start : start + size], member[..., start : start + size])
+        for start in range(0, places.shape[1], size)
+    ]
 
 
 def _far_field(

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
-from hga.cache.routed import Near, Scoring, attend_routed, pending_groups
+from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed, pending_groups
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import compute_dtype
 from hga.ops.routing import NEVER, score
-
-_SCORES_AT_ONCE = 1 << 23  # logits held at once while a tile is attended (32 MiB in float32)
-_FETCHED_NUMBERS_AT_ONCE = 1 << 25  # K/V numbers held at once by the queries of a tile
 
 
 @dataclass
@@ -157,15 +154,13 @@ class Row:
     def _dense_block(self, query: Tensor) -> int:
         """Queries attended densely at once, so that their logits stay bounded."""
         rows = query.shape[0] * query.shape[1]
-        return max(1, _SCORES_AT_ONCE // (rows * (self.near_length + self._config.chunk_size)))
+        return max(1, NUMBERS_AT_ONCE // (rows * (self.near_length + self._config.chunk_size)))
 
     def _routed_block(self, query: Tensor) -> int:
-        """Queries of a tile routed at once, so that logits and fetched K/V stay bounded as the context grows."""
-        config, (heads, repeats, _, width) = self._config, query.shape
+        """Queries of a tile routed at once, so that their logits stay bounded as the context grows."""
+        config, rows = self._config, query.shape[0] * query.shape[1]
         units = self.chunks * config.chunk_size // (config.node_size if config.two_level else config.group_size)
-        scored = repeats * (units + self.near_length)
-        fetched = 2 * width * max(1, min(config.routed_groups * config.group_size, self.length))
-        return min(TILE_TOKENS, max(1, min(_SCORES_AT_ONCE // scored, _FETCHED_NUMBERS_AT_ONCE // fetched) // heads))
+        return min(TILE_TOKENS, max(1, NUMBERS_AT_ONCE // (rows * (units + self.near_length))))
 
     # ---- closing, rewinding, sharing -----------------------------------------------------------------
 
@@ -190,9 +185,9 @@ class Row:
         return self._keys[:, : self.near_length], self._values[:, : self.near_length]
 
     def _keep_near(self, keys: Tensor, values: Tensor) -> None:
-        """Replace `near`; the buffer is let go when it has grown far beyond what is left."""
+        """Replace `near`; a buffer that a long block has grown is let go, one that decoding fills again is kept."""
         used = keys.shape[1]
-        if self._keys.shape[1] > 2 * (used + self._config.chunk_size + TILE_TOKENS):
+        if self._keys.shape[1] > used + self._config.chunk_size + 2 * TILE_TOKENS:
             self._keys, self._values = keys, values
         else:
             self._keys[:, :used], self._values[:, :used] = keys, values

@@ -12,7 +12,7 @@ from hga.ops.precision import Rows, decode_rows, encode_rows, resolve_summary_dt
 from hga.ops.routing import take_rows
 from hga.ops.summaries import mean_rows, summarise_keys
 
-_DECODED_AT_ONCE = 2048  # rows a KV head: a block that a CPU's cache holds
+DECODED_AT_ONCE = 2048  # rows a KV head: a block that a CPU's cache holds
 _GROWTH = 8  # capacity grows by an eighth: little slack, few copies
 
 
@@ -43,8 +43,8 @@ class GrowingRows:
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows as `dtype`, (Hkv, some, D) at a time: the decoded copy stays small whatever the context."""
         data, scale = self._held(), self._scale
-        for start in range(0, self.length, _DECODED_AT_ONCE):
-            here = slice(start, min(self.length, start + _DECODED_AT_ONCE))
+        for start in range(0, self.length, DECODED_AT_ONCE):
+            here = slice(start, min(self.length, start + DECODED_AT_ONCE))
             yield decode_rows(Rows(data[:, here], None if scale is None else scale[:, here]), dtype)
 
     def decode_units(self, ids: Tensor, unit: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hga.ops.routing import NEVER
+
 
 class Part(NamedTuple):
     """Logits (H, R, M, K), -inf where not attended, and the values (H, K, D) that they weigh.
@@ -41,17 +43,22 @@ class Output(NamedTuple):
 
 
 def attend(parts: list[Part], far: FarField | None = None) -> Output:
-    """One softmax over all parts and the far field. Every query must attend to something."""
+    """One softmax over all parts and the far field. A query that attends to nothing gets 0, log-sum-exp -inf."""
     joined, sizes = _join(parts, far)
     weights = torch.softmax(joined, -1)
+    peak = joined.amax(-1, keepdim=True)
+    nothing = peak == NEVER
     # The largest weight is exp(0) / sum, which gives the log-sum-exp back: exp and logsumexp themselves take a
     # slow path for -inf on a CPU (measured 10 times slower), softmax does not.
-    logsumexp = joined.amax(-1, keepdim=True) - torch.log(weights.amax(-1, keepdim=True))
-    return Output(_weigh_parts(weights, sizes, parts, far), logsumexp)
+    logsumexp = (peak - torch.log(weights.amax(-1, keepdim=True))).masked_fill_(nothing, NEVER)
+    return Output(_weigh_parts(weights, sizes, parts, far).masked_fill_(nothing, 0.0), logsumexp)
 
 
 def attend_once(parts: list[Part], far: FarField | None = None, sinks: Tensor | None = None) -> Tensor:
-    """The output (H, R, M, D) where nothing is merged later; learned sink logits (H, R) enter the sum once."""
+    """The output (H, R, M, D) where nothing is merged later and every query attends to something.
+
+    sinks: learned sink logits (H, R), which enter the sum once.
+    """
     if sinks is not None:
         return add_sinks(attend(parts, far), sinks)
     joined, sizes = _join(parts, far)
