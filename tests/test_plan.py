@@ -55,7 +55,7 @@ def test_peak_is_the_sum_of_its_parts():
 
 
 def test_dense_beginning_counts_for_the_peak():
-    routed, auto = SMALL, SMALL.replace(prefill="auto", budget_tokens=4096)
+    routed, auto = SMALL, SMALL.replace(prefill="auto", budget_tokens=24_000)
     contexts = 100_000
     assert plan(tiny_config(), auto, contexts).peak_bytes > plan(tiny_config(), routed, contexts).peak_bytes
 
