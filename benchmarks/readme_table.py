@@ -14,7 +14,7 @@ from typing import Any
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-_RULES = ("contiguous", "lean", "balanced", "fidelity")
+_RULES = ("paper", "contiguous", "lean", "balanced", "fidelity")
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
 
@@ -33,15 +33,15 @@ def fidelity_table(rows: list[dict[str, Any]]) -> str:
     for model, tokens, document in keys:
         cells = []
         for rule in _RULES:
+            wanted = (model, tokens, document, rule)
             row = next(
-                row
-                for row in rows
-                if (row["model"], row["tokens"], row["document"], row["rule"]) == (model, tokens, document, rule)
+                (row for row in rows if (row["model"], row["tokens"], row["document"], row["rule"]) == wanted), None
             )
-            cells.append(f"{row['gap_nats']:.3f} ± {row['se_nats']:.3f}")
+            cells.append("-" if row is None else f"{row['gap_nats']:.3f} ± {row['se_nats']:.3f}")
         lines.append(f"| {model}, {tokens // 1024}K, {_DOCUMENTS[document]} | " + " | ".join(cells) + " |")
     lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares(rows)) + " |")
-    lines.append("| fetched, share of the context | " + " | ".join(_spread(rows, "fetched")) + " |")
+    for field in ("attended", "fetched"):
+        lines.append(f"| {field}, share of the context | " + " | ".join(_spread(rows, field)) + " |")
     return "\n".join(lines) + "\n"
 
 
