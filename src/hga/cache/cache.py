@@ -113,7 +113,6 @@ class HGACache(DynamicCache):
         """Put a routed layer in the place of each full-attention layer; the others stay as they are."""
         check_model_config(config)
         decoder = config.get_text_config(decoder=True)
-        self.model_config = decoder
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
         handshake, limit = Handshake(), position_limit(decoder)
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
