@@ -4,7 +4,7 @@
 
 Shape of Qwen3-30B-A3B's layer (32 query heads, 4 KV heads, D 128), bfloat16, random K/V, one CUDA graph a step.
 Queries drift from step to step (`--drift`: share of a query that is new), which sets the hit rate of the slot cache.
-JSON lines, medians in microseconds; `cold` empties the slots before each step, so that every routed group crosses the bus.
+JSON lines, medians in microseconds; `cold` empties the slots before each step: every routed group crosses the bus.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Archive:
         self._config = config
         self.summaries = Summaries(config, like.dtype, inverse_frequencies)
         self.chunks: list[int] = []
+        self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
         self._device = like.device
         self._store = open_store(
@@ -66,6 +67,7 @@ class Archive:
             keys, values = keys.gather(2, index), values.gather(2, index)
         self._store.release(ids)
         self._set_chunks(self.chunks[:keep])
+        self.reopenings += 1  # chunk numbers may come to mean other tokens
         self.summaries.truncate(keep)
         keys, values = (x.transpose(0, 1).flatten(1, 2).to(self._device) for x in (keys, values))
         return keys, values
@@ -87,6 +89,11 @@ class Archive:
         per_chunk = self._config.chunk_size // self._config.group_size
         keys, values = self._store.fetch(places // per_chunk, places % per_chunk)
         return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
+
+    def addresses(self) -> Tensor:
+        """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""
+        self._store.wait()
+        return self._store.addresses(self.chunks)
 
     def fork(self) -> Archive:
         """A twin that shares the chunks and owns its summaries: a beam."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hga.cache.decoding import Decoding, LayerDecoder, kernels_serve
 from hga.cache.families import fingerprint
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
@@ -34,6 +35,7 @@ class LayerShape:
     """What the model's config promises of a layer's K/V, checked against what arrives."""
 
     kv_heads: int
+    query_heads: int
     head_dim: int
     position_limit: int | None
     inverse_frequencies: Tensor | None = field(repr=False, default=None)
@@ -47,13 +49,22 @@ class HGALayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, hga_config: HGAConfig, layer_idx: int, shape: LayerShape, handshake: Handshake) -> None:
+    def __init__(
+        self,
+        hga_config: HGAConfig,
+        layer_idx: int,
+        shape: LayerShape,
+        handshake: Handshake,
+        decoding: Decoding | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.hga_config = hga_config
         self.layer_idx = layer_idx
         self.counters = Counters()
         self.shape = shape
         self._handshake = handshake
+        self._decoding = Decoding() if decoding is None else decoding
+        self._decoder: LayerDecoder | None = None
         self._store: Store | None = None
         self._new: tuple[Tensor, Tensor] | None = None
         self._seen = 0
@@ -93,7 +104,8 @@ class HGALayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._new = (key_states.detach(), value_states.detach())
-        self._seen += key_states.shape[2]
+        if not self._decoding.active:
+            self._seen += key_states.shape[2]
         self._handshake.awaiting = self
         key_states._hga_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -117,7 +129,7 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
-        self._store = None
+        self._store = self._decoder = None
         self._handshake.awaiting = None
         self.counters.reset()
 
@@ -131,6 +143,8 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.crop(row.length - removed)
         self._seen = max(0, self._seen - removed)
+        if self._decoder is not None:
+            self._decoder.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes a copy of row beam_idx[i]; closed chunks are shared."""
@@ -166,9 +180,16 @@ class HGALayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
             )
         self._new, self._handshake.awaiting = None, None
+        if self._decoding.active and self._decoder is not None:
+            return self._decoder.attend(query, keys, values, scoring)
         tokens, kv_heads = query.shape[2], keys.shape[1]
+        pads = self._pads(padding, tokens, self._seen)
+        if tokens == 1 and self.can_begin_token():
+            self.begin_token(self._seen)
+            assert self._decoder is not None
+            return self._decoder.attend(query, keys, values, scoring)
         out = torch.zeros_like(query)
-        for index, (row, pad) in enumerate(zip(self.rows, self._pads(padding, tokens), strict=True)):
+        for index, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
             if pad == tokens:
                 continue
             row.append(keys[index, :, pad:], values[index, :, pad:])
@@ -176,9 +197,41 @@ class HGALayer(CacheLayerMixin):
             out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
         return out
 
-    def _pads(self, padding: Tensor | None, tokens: int) -> list[int]:
-        """Leading pad tokens of each row among the last `tokens`."""
-        padded_before = [self._seen - tokens - row.length for row in self.rows]
+    # ---- single tokens by kernels --------------------------------------------------------------------
+
+    def can_begin_token(self) -> bool:
+        """Whether kernels serve the next token of every row."""
+        return (
+            self.is_initialized
+            and kernels_serve(self.hga_config, self.dtype, self.device)
+            and all(row.can_begin_token() for row in self.rows)
+        )
+
+    def begin_token(self, step: int) -> None:
+        """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number."""
+        for row in self.rows:
+            row.begin_token()
+        if self._decoder is None:
+            self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
+        self._decoder.prepare(self.rows, step)
+
+    def end_token(self) -> None:
+        """The step that `begin_token` began is done."""
+        self._seen += 1
+
+    def take_back_token(self) -> None:
+        """The step that `begin_token` began has failed."""
+        self._new, self._handshake.awaiting = None, None
+        for row in self.rows:
+            row.take_back_token()
+
+    def has_padding(self, padding: Tensor | None) -> bool:
+        """Whether a mask (B, seen + 1) pads the next token of some row. ValueError for a mask that does not fit."""
+        return any(self._pads(padding, 1, self._seen + 1))
+
+    def _pads(self, padding: Tensor | None, tokens: int, seen: int) -> list[int]:
+        """Leading pad tokens of each row among the last `tokens` of `seen`."""
+        padded_before = [seen - tokens - row.length for row in self.rows]
         if padding is None:
             if any(padded_before):
                 raise ValueError(
@@ -186,10 +239,10 @@ class HGALayer(CacheLayerMixin):
                     "pass the mask of the whole sequence"
                 )
             return [0] * len(self.rows)
-        if padding.shape[1] != self._seen:
-            raise ValueError(
-                f"attention_mask covers {padding.shape[1]} tokens, the cache {self._seen}; it must cover all"
-            )
+        if padding.shape[1] != seen:
+            raise ValueError(f"attention_mask covers {padding.shape[1]} tokens, the cache {seen}; it must cover all")
+        if not any(padded_before) and bool(padding.all()):
+            return [0] * len(self.rows)
         pads = (~padding).sum(1).tolist()
         leading = (padding.long().cumsum(1) == 0).sum(1).tolist()
         for index, (row, total, lead) in enumerate(zip(self.rows, pads, leading, strict=True)):
@@ -213,6 +266,14 @@ class HGALayer(CacheLayerMixin):
     def store_bytes(self) -> dict[str, int]:
         """Bytes of the archive by tier; shared chunks once."""
         return {} if self._store is None else self._store.held_bytes()
+
+    def cached_bytes(self) -> int:
+        """Bytes of archive groups cached beside the model for decoding."""
+        return 0 if self._decoder is None else self._decoder.cached_bytes()
+
+    def traffic(self) -> tuple[int, int, int]:
+        """Hits and misses of that cache, and unique groups asked of it. Waits for the device."""
+        return (0, 0, 0) if self._decoder is None else self._decoder.traffic()
 
     def archived_tokens(self) -> int:
         """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
@@ -263,7 +324,7 @@ class HGALayer(CacheLayerMixin):
         for index, row in enumerate(self.rows):
             if index not in taken:
                 row.release()
-        self.rows = rows
+        self.rows, self._decoder = rows, None
 
     def _check_shape(self, keys: Tensor, values: Tensor) -> None:
         expected = (self.shape.kv_heads, self.shape.head_dim)

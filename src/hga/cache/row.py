@@ -35,6 +35,12 @@ class Counters:
         self.attended += float((attended / context).sum())
         self.fetched += float((fetched / context).sum())
 
+    def add_one(self, context: int, attended: int) -> None:
+        """Count one query that fetches what it attends."""
+        self.queries += 1
+        self.attended += attended / context
+        self.fetched += attended / context
+
     def reset(self) -> None:
         """Start the averages again."""
         self.queries, self.attended, self.fetched, self.working_bytes = 0, 0.0, 0.0, 0
@@ -86,6 +92,59 @@ class Row:
             self._keys, self._values = grown
         self._keys[:, used:end], self._values[:, used:end] = keys, values
         self.length += keys.shape[1]
+
+    # ---- single tokens by kernels --------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the row's window and summaries are."""
+        return self._keys.device
+
+    @property
+    def archive(self) -> Archive:
+        """The closed chunks. ValueError while there are none."""
+        if self._archive is None:
+            raise ValueError(f"a row of {self.length} tokens has no closed chunk yet")
+        return self._archive
+
+    def can_begin_token(self) -> bool:
+        """Whether the next token is routed, with something to route to."""
+        return self.length >= self._config.dense_positions and max(self.chunks, self._closed_at(self.length)) > 0
+
+    def begin_token(self) -> None:
+        """Count one more token, whose K/V a kernel writes to the end of `near`; closes what is due before it."""
+        config = self._config
+        self._close(self._closed_at(self.length))
+        room = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
+        if self._keys.shape[1] != room:
+            used = self.near_length
+            for name in ("_keys", "_values"):
+                held = getattr(self, name)
+                moved = held.new_empty(held.shape[0], room, held.shape[2])
+                moved[:, :used] = held[:, :used]
+                setattr(self, name, moved)
+        self.length += 1
+        self._count_token()
+
+    def take_back_token(self) -> None:
+        """Undo `begin_token`: the step failed."""
+        self.length -= 1
+
+    def near_buffers(self) -> tuple[Tensor, Tensor]:
+        """The buffers of `near` (Hkv, capacity, D), what is not in use included."""
+        return self._keys, self._values
+
+    def move_near(self, keys: Tensor, values: Tensor) -> None:
+        """Keep `near` in other buffers, which hold the same tokens."""
+        self._keys, self._values = keys, values
+
+    def _count_token(self) -> None:
+        """Count what the newest token's query attends; unique groups of R choices are counted by the kernels."""
+        config, size = self._config, self._config.group_size
+        pending = max(0, -(-(self.near_length - config.window_tokens - config.sink_tokens) // size))
+        closed = self.chunks * config.chunk_size // size
+        attended = self.near_length - pending * size + min(pending + closed, config.routed_groups) * size
+        self._counters.add_one(self.length, attended)
 
     # ---- attention -----------------------------------------------------------------------------------
 

@@ -54,6 +54,15 @@ class GrowingRows:
         scale = None if self._scale is None else take_rows(self._scale, rows)
         return decode_rows(Rows(take_rows(self._held(), rows), scale), dtype)
 
+    @property
+    def buffers(self) -> Rows:
+        """The whole buffers (Hkv, capacity, D), what is not in use included."""
+        return Rows(self._held(), self._scale)
+
+    def move_to(self, buffers: Rows) -> None:
+        """Live in other buffers, which hold the same rows."""
+        self._data, self._scale = buffers
+
     def clone(self) -> GrowingRows:
         """An independent copy."""
         twin = GrowingRows(self._dtype)

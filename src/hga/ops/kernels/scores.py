@@ -152,10 +152,10 @@ def score_kernel(
 ):
     """Scores of ROWS query heads with summaries -> scores (rows, stride), and log-sum-exp parts a split.
 
-    With PENDING the last split also appends the newest token's K/V to `near`. Grid (selectors, SPLITS + PENDING). PER_NODE = 0: every unit of the row's closed chunks. PER_NODE > 0: the
+    Grid (selectors, SPLITS + PENDING). PER_NODE = 0: every unit of the row's closed chunks. PER_NODE > 0: the
     PER_NODE groups of each listed node. Archive units start at column FIRST; the last split, with PENDING, writes
-    the pending groups before it. Without scale (FP8) e4m3 values are exact in DTYPE, and so is the query, brought
-    near 1 by a power of two.
+    the pending groups before it and appends the newest token's K/V to `near`. Without scale (FP8) e4m3 values are
+    exact in DTYPE, and so is the query, brought near 1 by a power of two.
     """
     selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS

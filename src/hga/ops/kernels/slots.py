@@ -94,7 +94,7 @@ def assign_kernel(
         tl.debug_barrier()
         if wanted > 0:
             age = step - tl.load(used_at + s, mask=s < slots, other=step)
-            age = tl.minimum(age, AGES - 1)
+            age = tl.maximum(tl.minimum(age, AGES - 1), 0)
             a = tl.arange(0, AGES)
             from_oldest = tl.cumsum(tl.histogram(age, AGES, mask=s < slots), 0, reverse=True)
             oldest = tl.max(tl.where(from_oldest >= wanted, a, 0), 0)
