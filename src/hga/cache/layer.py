@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hga.cache.families import fingerprint
+from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
@@ -54,7 +56,7 @@ class HGALayer(CacheLayerMixin):
         self.counters = Counters()
         self.shape = shape
         self._handshake = handshake
-        self._store: Store | None = None
+        self._stores: list[Store] = []  # the rows share one, opened with the first closed chunk
         self._new: tuple[Tensor, Tensor] | None = None
         self._seen = 0
         self.rows: list[Row] = []
@@ -70,9 +72,8 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        self.rows = [
-            Row(self.hga_config, self._open_store, self.counters, frequencies) for _ in range(key_states.shape[0])
-        ]
+        open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
+        self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
-        self._store = None
+        self._stores = []
         self._handshake.awaiting = None
         self.counters.reset()
 
@@ -165,7 +166,7 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
             )
-        self._new, self._handshake.awaiting = None, None
+        self._new = None
         tokens, kv_heads = query.shape[2], keys.shape[1]
         out = torch.zeros_like(query)
         for index, (row, pad) in enumerate(zip(self.rows, self._pads(padding, tokens), strict=True)):
@@ -174,6 +175,8 @@ class HGALayer(CacheLayerMixin):
             row.append(keys[index, :, pad:], values[index, :, pad:])
             grouped = query[index, :, pad:].unflatten(0, (kv_heads, -1))  # (Hkv, R, T', D)
             out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
+        # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
+        self._handshake.awaiting = None
         return out
 
     def _pads(self, padding: Tensor | None, tokens: int) -> list[int]:
@@ -212,7 +215,7 @@ class HGALayer(CacheLayerMixin):
 
     def store_bytes(self) -> dict[str, int]:
         """Bytes of the archive by tier; shared chunks once."""
-        return {} if self._store is None else self._store.held_bytes()
+        return self._stores[0].held_bytes() if self._stores else {}
 
     def archived_tokens(self) -> int:
         """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
@@ -244,14 +247,22 @@ class HGALayer(CacheLayerMixin):
                 )
         self.shape.model_config = config  # an equal one: the next check is one comparison
 
-    # ---- inside --------------------------------------------------------------------------------------
+    def growth_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> int:
+        """Bytes that this layer's store will take for `tokens` more in each row, beyond what it has allocated.
 
-    def _open_store(self, layout: RecordLayout) -> Store:
-        if self._store is None:
-            on_host = self.hga_config.store == "ram"
-            device = torch.device("cpu") if on_host else self.device
-            self._store = MemoryStore(layout, device, "ram" if on_host else "device")
-        return self._store
+        rows and dtype speak for a layer that has not seen K/V yet.
+        """
+        if self.is_initialized:
+            dtype = self.dtype
+        layout = record_layout(self.hga_config, self.shape.kv_heads, self.shape.head_dim, dtype)
+        lengths = [row.length for row in self.rows] or [0] * rows
+        closed = sum(archived_chunks(self.hga_config, length + tokens) for length in lengths)
+        closing = closed - sum(row.chunks for row in self.rows)
+        wanted = closing * (layout.chunk_bytes + layout.order_bytes)
+        unused = sum(sum(s.allocated_bytes().values()) - sum(s.held_bytes().values()) for s in self._stores)
+        return max(0, wanted - unused)
+
+    # ---- inside --------------------------------------------------------------------------------------
 
     def _take_rows(self, indices: list[int]) -> None:
         """Replace the rows by those at `indices`; the first taker of a row keeps it, others fork it."""
@@ -294,3 +305,12 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 "an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache"
             )
+
+
+def _open_store(tier: str, device: torch.device, opened: list[Store], layout: RecordLayout) -> Store:
+    """The store that a layer's rows share. It is no method: rows that knew their layer would be a cycle with it,
+    and a dropped cache's memory would wait for the garbage collector.
+    """
+    if not opened:
+        opened.append(MemoryStore(layout, torch.device("cpu") if tier == "ram" else device, tier))
+    return opened[0]
