@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import mmap
 import re
@@ -20,6 +21,7 @@ RESERVE_BYTES = GIB
 
 _PIECE_BYTES = 64 * GIB  # one registration: larger ones fail on some drivers
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister's flags: pinned for every GPU, readable by kernels
+_CAN_USE_HOST_POINTER = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 _NO_LIMIT = 1 << 60  # v1 writes the largest number of pages that it can count
 _SYSTEM = Path("/")
 
@@ -121,11 +123,13 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 class HostBlock:
     """Bytes of host memory, uint8 (n,), given back when the last tensor that views them is gone.
 
-    pinned: whether they are page-locked: a GPU then copies from them at full speed, and reads them by address.
+    pinned: whether they are page-locked: a GPU then copies from them at full speed. gpu_readable: whether its
+    kernels may also read them by address, which few platforms forbid.
     """
 
     bytes: Tensor
     pinned: bool
+    gpu_readable: bool
 
 
 def allocate_host(size_bytes: int, gpu: torch.device | None = None) -> HostBlock:
@@ -146,10 +150,11 @@ def allocate_host(size_bytes: int, gpu: torch.device | None = None) -> HostBlock
             mapping.madvise(mmap.MADV_HUGEPAGE)  # pages come 5 times faster, and gathers miss the TLB less
     block = torch.frombuffer(mapping, dtype=torch.uint8)
     if gpu is None:
-        return HostBlock(block, pinned=False)
+        return HostBlock(block, pinned=False, gpu_readable=False)
     if hasattr(mmap, "MADV_DONTFORK"):
         mapping.madvise(mmap.MADV_DONTFORK)  # a fork would copy pinned pages at once, or fail to
-    return HostBlock(block, pinned=mapping.pin(block.data_ptr(), gpu))
+    pinned = mapping.pin(block.data_ptr(), gpu)
+    return HostBlock(block, pinned, gpu_readable=pinned and _reads_by_address(gpu))
 
 
 class _Mapping(mmap.mmap):
@@ -189,7 +194,7 @@ def _register(address: int, size_bytes: int, gpu: torch.device) -> str | None:
             return None
         # CUDA repeats an error to whoever asks next: ask here, so that no innocent kernel launch gets it.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=gpu)
+            torch.ones(1, device=gpu)
         return str(runtime.cudaGetErrorString(result))
 
 
@@ -199,6 +204,19 @@ def _unregister(addresses: tuple[int, ...], gpu: torch.device) -> None:
         torch.cuda.synchronize(gpu)
     for address in addresses:
         torch.cuda.cudart().cudaHostUnregister(address)
+
+
+@functools.cache
+def _reads_by_address(gpu: torch.device) -> bool:
+    """Whether kernels may use the host's own addresses of locked memory; asked of the driver, torch does not say."""
+    can = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    index = torch.cuda.current_device() if gpu.index is None else gpu.index
+    refused = driver.cuDeviceGetAttribute(ctypes.byref(can), _CAN_USE_HOST_POINTER, index)
+    return not refused and bool(can.value)
 
 
 @functools.cache

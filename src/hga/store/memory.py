@@ -41,7 +41,7 @@ class MemoryStore:
         self._segments: list[Tensor] = []  # each (n, Hkv, G, 2, g, D)
         self._orders: list[Tensor] = []  # each (n, Hkv, C) int16
         self._first_id: list[int] = []
-        self._pinned: list[bool] = []
+        self._readable: list[bool] = []  # by a GPU, by address
         self._holders: dict[int, int] = {}
         self._free: list[int] = []  # descending, so that neighbours are taken together from the end
         self._capacity = 0
@@ -68,10 +68,10 @@ class MemoryStore:
     def read(self, ids: list[int], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         """See `Store.read`. Neighbours come in one copy."""
         layout, target = self.layout, self.device if device is None else device
-        if target.type == "cpu":
-            self._settle()
-        else:
+        if target == self._gpu:
             self.wait()
+        else:
+            self._settle()
         records = torch.empty((len(ids), *layout.shape), dtype=layout.dtype, device=target)
         shape = (len(ids), layout.kv_heads, layout.tokens)
         order = torch.empty(shape, dtype=torch.int16, device=target) if layout.ordered else None
@@ -121,7 +121,7 @@ class MemoryStore:
     @property
     def gpu_readable(self) -> bool:
         """See `Store.gpu_readable`."""
-        return self.device.type != "cpu" or all(self._pinned)
+        return all(self._readable)
 
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
@@ -166,18 +166,18 @@ class MemoryStore:
 
     def _add_segment(self, count: int, source: torch.device) -> None:
         """One allocation a segment: all records, then all permutations."""
-        layout, pinned = self.layout, False
+        layout, readable = self.layout, True
         split = count * layout.chunk_bytes
         size_bytes = split + count * layout.order_bytes
         if self.device.type == "cpu":
             block = allocate_host(size_bytes, source if source.type == "cuda" else None)
-            raw, pinned = block.bytes, block.pinned
+            raw, readable = block.bytes, block.gpu_readable
         else:
             raw = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
         self._segments.append(raw[:split].view(layout.dtype).view(count, *layout.shape))
         if layout.ordered:
             self._orders.append(raw[split:].view(torch.int16).view(count, layout.kv_heads, layout.tokens))
-        self._pinned.append(pinned)
+        self._readable.append(readable)
         self._first_id.append(self._capacity)
         self._free[:0] = range(self._capacity + count - 1, self._capacity - 1, -1)
         self._capacity += count
@@ -185,7 +185,7 @@ class MemoryStore:
     def _give_back(self) -> None:
         """Forget all segments; their memory goes once the copies into it are done."""
         self._settle()
-        self._segments, self._orders, self._first_id, self._pinned = [], [], [], []
+        self._segments, self._orders, self._first_id, self._readable = [], [], [], []
         self._free, self._capacity = [], 0
 
     # ---- copies --------------------------------------------------------------------------------------
