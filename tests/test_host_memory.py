@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import mmap
 import warnings
 from importlib.util import find_spec
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ def machine(tmp_path, monkeypatch):
             (tmp_path / path).write_text(text)
 
     monkeypatch.setattr(host, "_SYSTEM", tmp_path)
-    monkeypatch.setattr(host, "_TOTAL_AT_IMPORT", 16 * GIB)
+    monkeypatch.setattr(host, "_PHYSICAL_AT_IMPORT", 16 * GIB)
     return write
 
 
@@ -132,12 +134,21 @@ def test_version_1_groups_inside_a_container_or_not(machine, folder):
     assert available_host_bytes() == 2 * GIB
 
 
-def test_memory_that_the_kernel_has_not_brought_up_counts(machine):
-    pages = 64 * GIB // 4096
-    machine(meminfo(16, 10) | {"proc/zoneinfo": f"Node 0, zone Normal\n        present  {pages}\n        managed 1\n"})
+def test_memory_that_the_kernel_has_not_brought_up_counts(machine, monkeypatch):
+    machine(meminfo(16, 10) | {"proc/zoneinfo": "".join(zone(present) for present in (1, 47, 16))})
+    assert host._physical_bytes() == 64 * GIB
+    monkeypatch.setattr(host, "_PHYSICAL_AT_IMPORT", host._physical_bytes())
     assert available_host_bytes() == (10 + 48) * GIB
-    machine({"proc/zoneinfo": f"Node 0, zone Normal\n        present  {pages * 17 // 64}\n"})
-    assert available_host_bytes() == 10 * GIB  # what a kernel keeps for itself
+    machine(meminfo(50, 10))  # it has brought up more
+    assert available_host_bytes() == (10 + 14) * GIB
+    machine(meminfo(63, 10))  # the rest is what a kernel keeps for itself
+    assert available_host_bytes() == 10 * GIB
+
+
+def zone(present):
+    return (
+        f"Node 0, zone Normal\n  pages free 1\n        present  {present * GIB // mmap.PAGESIZE}\n        managed 1\n"
+    )
 
 
 def test_a_machine_that_grows_is_bounded_by_its_group_alone(machine):
@@ -364,7 +375,7 @@ def test_a_second_prompt_is_checked_for_what_it_adds(model, monkeypatch):
 def test_a_host_that_fills_up_amid_a_prefill_leaves_model_and_process_usable(model, mappings, monkeypatch):
     expected = model.generate(prompt(1500), max_new_tokens=3, do_sample=False)
     cache = HGACache(model.config, SMALL)
-    left = iter([1 << 40] * 12 + [RESERVE_BYTES] * 10)
+    left = chain([1 << 40] * 5, repeat(RESERVE_BYTES))  # the prompt passes, later segments do not
     with monkeypatch.context() as patch:
         patch.setattr(host, "available_host_bytes", lambda: next(left))
         with pytest.raises(MemoryError, match="a layer's archive, which has"):
@@ -523,7 +534,7 @@ def test_a_model_on_the_gpu_survives_a_host_that_fills_up(gpu, mappings, monkeyp
     model = hga.enable(tiny_model().to(gpu), SMALL)
     ids = prompt(1500).to(gpu)
     expected = model.generate(ids, max_new_tokens=3, do_sample=False)
-    left = iter([1 << 40] * 12 + [RESERVE_BYTES] * 10)
+    left = chain([1 << 40] * 5, repeat(RESERVE_BYTES))  # the prompt passes, later segments do not
     with monkeypatch.context() as patch:
         patch.setattr(host, "available_host_bytes", lambda: next(left))
         with pytest.raises(MemoryError, match="a layer's archive, which has"):

@@ -40,12 +40,6 @@ def available_host_bytes() -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def has_host_room(wanted_bytes: int, reserve_bytes: int = RESERVE_BYTES) -> bool:
-    """Whether the host keeps `reserve_bytes` when `wanted_bytes` more are taken; True where nothing tells."""
-    available = available_host_bytes()
-    return available is None or wanted_bytes <= available - reserve_bytes
-
-
 def check_host_room(wanted_bytes: int, purpose: str, reserve_bytes: int = RESERVE_BYTES) -> None:
     """MemoryError if `wanted_bytes` more for `purpose` would leave the host less than `reserve_bytes`."""
     available = available_host_bytes()
@@ -60,18 +54,24 @@ def check_host_room(wanted_bytes: int, purpose: str, reserve_bytes: int = RESERV
 def _machine_bytes() -> int | None:
     """MemAvailable, plus what the kernel has not brought up yet; None if that is unknown or without a fixed end."""
     memory = _read_fields("proc/meminfo", r"^(\w+):\s+(\d+) kB", 1024)
-    if "MemAvailable" not in memory or _grows(memory["MemTotal"]):
+    total = memory.get("MemTotal", 0)
+    if "MemAvailable" not in memory or total > _PHYSICAL_AT_IMPORT or _hot_plugs():
         return None
-    present = sum(map(int, re.findall(r"^\s+present\s+(\d+)", _read("proc/zoneinfo"), re.MULTILINE))) * mmap.PAGESIZE
-    dormant = present - memory["MemTotal"]
+    dormant = _PHYSICAL_AT_IMPORT - total
     # A kernel keeps a few percent for itself; a tenth missing is memory that a balloon or a lazy start holds back.
-    return memory["MemAvailable"] + (dormant if dormant > present // 10 else 0)
+    return memory["MemAvailable"] + (dormant if dormant > _PHYSICAL_AT_IMPORT // 10 else 0)
 
 
-def _grows(total_bytes: int) -> bool:
-    """Whether the machine's memory is seen to grow: a hot-plug device is there, or the total rose since import."""
-    plugged = any((_SYSTEM / "sys/bus/virtio/drivers/virtio_mem").glob("virtio*"))
-    return plugged or total_bytes > _TOTAL_AT_IMPORT + GIB
+def _hot_plugs() -> bool:
+    """Whether a virtual machine may be given more memory while it runs."""
+    return any((_SYSTEM / "sys/bus/virtio/drivers/virtio_mem").glob("virtio*"))
+
+
+def _physical_bytes() -> int:
+    """Physical memory that the kernel knows of, whether or not it has handed it out."""
+    pages = re.findall(r"^\s+present\s+(\d+)", _read("proc/zoneinfo"), re.MULTILINE)
+    total = _read_fields("proc/meminfo", r"^(MemTotal):\s+(\d+) kB", 1024).get("MemTotal", 0)
+    return max(total, sum(map(int, pages)) * mmap.PAGESIZE)
 
 
 def _control_group_bytes() -> list[int]:
@@ -89,10 +89,11 @@ def _control_group_bytes() -> list[int]:
         # In a container the path may be the host's and not exist here: the mount's root is then its own group.
         for folder in (group.strip("/"), *map(str, Path(group.strip("/")).parents)):
             here = f"{root}/{folder}"
-            allowed, used = _read(f"{here}/{limit}").strip(), _read(f"{here}/{usage}").strip()
-            if allowed.isdigit() and used.isdigit() and int(allowed) < _NO_LIMIT:  # v2 says "max" for none
+            allowed = _read(f"{here}/{limit}").strip()
+            if allowed.isdigit() and int(allowed) < _NO_LIMIT:  # v2 says "max" for none
+                used = int(_read(f"{here}/{usage}").strip() or 0)
                 droppable = _read_fields(f"{here}/memory.stat", r"^(\w+) (\d+)").get(cache, 0)
-                left.append(max(0, int(allowed) - int(used) + droppable))
+                left.append(max(0, int(allowed) - used + droppable))
     return left
 
 
@@ -111,7 +112,7 @@ def _in_bytes(count: int) -> str:
     return f"{count:,} bytes ({count / GIB:.2f} GiB)" if count >= GIB // 10 else f"{count:,} bytes"
 
 
-_TOTAL_AT_IMPORT = _read_fields("proc/meminfo", r"^(MemTotal):\s+(\d+) kB", 1024).get("MemTotal", 0)
+_PHYSICAL_AT_IMPORT = _physical_bytes()
 
 # ---- page-locked blocks --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hga.store.host import allocate_host, check_host_room, has_host_room
+from hga.store.host import allocate_host, check_host_room
 from hga.store.record import RecordLayout
 
 _FIRST_SEGMENT_CHUNKS = 16
@@ -158,10 +158,12 @@ class MemoryStore:
         most = max(1, _LARGEST_SEGMENT_BYTES // self._one_bytes)
         count = max(missing, min(max(_FIRST_SEGMENT_CHUNKS, self._capacity // _GROWTH), most))
         if self.device.type == "cpu":
-            if not has_host_room(count * self._one_bytes):
+            archive = f"a layer's archive, which has {self._capacity * self._one_bytes:,} bytes,"
+            try:
+                check_host_room(count * self._one_bytes, archive)
+            except MemoryError:
                 count = missing
-            has = f"a layer's archive, which has {self._capacity * self._one_bytes:,} bytes,"
-            check_host_room(count * self._one_bytes, has)
+                check_host_room(count * self._one_bytes, archive)
         self._add_segment(count, source)
 
     def _add_segment(self, count: int, source: torch.device) -> None:
