@@ -157,14 +157,12 @@ class MemoryStore:
         """Add a segment with room for `missing` chunks, and for more where there is memory for it."""
         most = max(1, _LARGEST_SEGMENT_BYTES // self._one_bytes)
         count = max(missing, min(max(_FIRST_SEGMENT_CHUNKS, self._capacity // _GROWTH), most))
-        if self.device.type == "cpu":
-            archive = f"a layer's archive, which has {self._capacity * self._one_bytes:,} bytes,"
-            try:
-                check_host_room(count * self._one_bytes, archive)
-            except MemoryError:
-                count = missing
-                check_host_room(count * self._one_bytes, archive)
-        self._add_segment(count, source)
+        try:
+            self._add_segment(count, source)
+        except MemoryError:
+            if count == missing:
+                raise
+            self._add_segment(missing, source)
 
     def _add_segment(self, count: int, source: torch.device) -> None:
         """One allocation a segment: all records, then all permutations."""
@@ -172,6 +170,7 @@ class MemoryStore:
         split = count * layout.chunk_bytes
         size_bytes = split + count * layout.order_bytes
         if self.device.type == "cpu":
+            check_host_room(size_bytes, f"a layer's archive, which has {self._capacity * self._one_bytes:,} bytes,")
             block = allocate_host(size_bytes, source if source.type == "cuda" else None)
             raw, readable = block.bytes, block.gpu_readable
         else:
