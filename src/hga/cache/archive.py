@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from hga.cache.layout import record_layout
 from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
 from hga.ops.ordering import content_order
@@ -31,16 +32,7 @@ class Archive:
         self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
         self._device = like.device
-        self._store = open_store(
-            RecordLayout(
-                kv_heads=like.shape[0],
-                groups=config.chunk_size // config.group_size,
-                group_size=config.group_size,
-                head_dim=like.shape[2],
-                dtype=like.dtype,
-                ordered=config.ordering == "content",
-            )
-        )
+        self._store = open_store(record_layout(config, like.shape[0], like.shape[2], like.dtype))
 
     def close(self, keys: Tensor, values: Tensor) -> None:
         """Close whole chunks, (Hkv, n C, D) in position order: order tokens, summarise, hand K/V to the store."""
@@ -60,7 +52,7 @@ class Archive:
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""
         ids = self.chunks[keep:]
-        records, order = self._store.read(ids)
+        records, order = self._store.read(ids, self._device)
         keys, values = self._store.layout.unpack(records)  # (n, Hkv, C, D) in group order
         if order is not None:
             index = order.argsort(-1)[..., None].expand_as(keys)
@@ -69,14 +61,14 @@ class Archive:
         self._set_chunks(self.chunks[:keep])
         self.reopenings += 1  # chunk numbers may come to mean other tokens
         self.summaries.truncate(keep)
-        keys, values = (x.transpose(0, 1).flatten(1, 2).to(self._device) for x in (keys, values))
+        keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
         return keys, values
 
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All archived K/V, (Hkv, some chunks, D) at a time, in group order."""
         for start in range(0, len(self.chunks), _STREAMED_CHUNKS):
-            records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS])
-            keys, values = self._store.layout.unpack(records.to(self._device))
+            records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS], self._device)
+            keys, values = self._store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
     def places(self, groups: Tensor) -> Tensor:
@@ -92,7 +84,6 @@ class Archive:
 
     def addresses(self) -> Tensor:
         """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""
-        self._store.wait()
         return self._store.addresses(self.chunks)
 
     def fork(self) -> Archive:

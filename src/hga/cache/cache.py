@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import DynamicCache
 
 from hga.cache.decoding import Decoding
@@ -15,6 +16,7 @@ from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
+from hga.store.host import check_host_room
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,18 @@ class HGACache(DynamicCache):
         """ValueError if `config` is of another model than the one that this cache was built for."""
         self.routed[0].check_model(config.get_text_config(decoder=True))
 
-    def check_room(self, tokens: int) -> None:
-        """ValueError if a prompt of `tokens` more ends beyond the model's positions."""
-        self.routed[0].check_room(tokens)
+    def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:
+        """Whether a prompt of `tokens` more can be read; rows and dtype (the K/V's) count before the first one.
+
+        ValueError if it ends beyond the model's positions; MemoryError if host memory cannot hold its archive
+        (store="ram"). Tokens that are generated later are checked as the archive grows.
+        """
+        layers = self.routed
+        layers[0].check_room(tokens)
+        if self.hga_config.store == "ram":
+            dtype = dtype or getattr(layers[0].shape.model_config, "dtype", None) or torch.get_default_dtype()
+            wanted_bytes = sum(layer.growth_bytes(tokens, rows, dtype) for layer in layers)
+            check_host_room(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
 
     def can_begin_token(self) -> bool:
         """Whether kernels serve the next token in every layer of this cache, so that its step can be captured."""

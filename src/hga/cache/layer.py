@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hga.cache.decoding import Decoding, LayerDecoder, kernels_serve
 from hga.cache.families import fingerprint
+from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
@@ -65,7 +67,7 @@ class HGALayer(CacheLayerMixin):
         self._handshake = handshake
         self._decoding = Decoding() if decoding is None else decoding
         self._decoder: LayerDecoder | None = None
-        self._store: Store | None = None
+        self._stores: list[Store] = []  # the rows share one, opened with the first closed chunk
         self._new: tuple[Tensor, Tensor] | None = None
         self._seen = 0
         self.rows: list[Row] = []
@@ -81,9 +83,8 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        self.rows = [
-            Row(self.hga_config, self._open_store, self.counters, frequencies) for _ in range(key_states.shape[0])
-        ]
+        open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
+        self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
-        self._store = self._decoder = None
+        self._stores, self._decoder = [], None
         self._handshake.awaiting = None
         self.counters.reset()
 
@@ -179,13 +180,15 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
             )
-        self._new, self._handshake.awaiting = None, None
+        self._new = None
         if self._decoding.active and self._decoder is not None:
+            self._handshake.awaiting = None
             return self._decoder.attend(query, keys, values, scoring)
         tokens, kv_heads = query.shape[2], keys.shape[1]
         pads = self._pads(padding, tokens, self._seen)
         if tokens == 1 and self.can_begin_token():
             self.begin_token(self._seen)
+            self._handshake.awaiting = None
             assert self._decoder is not None
             return self._decoder.attend(query, keys, values, scoring)
         out = torch.zeros_like(query)
@@ -195,6 +198,8 @@ class HGALayer(CacheLayerMixin):
             row.append(keys[index, :, pad:], values[index, :, pad:])
             grouped = query[index, :, pad:].unflatten(0, (kv_heads, -1))  # (Hkv, R, T', D)
             out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
+        # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
+        self._handshake.awaiting = None
         return out
 
     # ---- single tokens by kernels --------------------------------------------------------------------
@@ -204,6 +209,7 @@ class HGALayer(CacheLayerMixin):
         return (
             self.is_initialized
             and kernels_serve(self.hga_config, self.dtype, self.device)
+            and all(store.gpu_readable for store in self._stores)
             and all(row.can_begin_token() for row in self.rows)
         )
 
@@ -265,7 +271,7 @@ class HGALayer(CacheLayerMixin):
 
     def store_bytes(self) -> dict[str, int]:
         """Bytes of the archive by tier; shared chunks once."""
-        return {} if self._store is None else self._store.held_bytes()
+        return self._stores[0].held_bytes() if self._stores else {}
 
     def cached_bytes(self) -> int:
         """Bytes of archive groups cached beside the model for decoding."""
@@ -305,14 +311,22 @@ class HGALayer(CacheLayerMixin):
                 )
         self.shape.model_config = config  # an equal one: the next check is one comparison
 
-    # ---- inside --------------------------------------------------------------------------------------
+    def growth_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> int:
+        """Bytes that this layer's store will take for `tokens` more in each row, beyond what it has allocated.
 
-    def _open_store(self, layout: RecordLayout) -> Store:
-        if self._store is None:
-            on_host = self.hga_config.store == "ram"
-            device = torch.device("cpu") if on_host else self.device
-            self._store = MemoryStore(layout, device, "ram" if on_host else "device")
-        return self._store
+        rows and dtype speak for a layer that has not seen K/V yet.
+        """
+        if self.is_initialized:
+            dtype = self.dtype
+        layout = record_layout(self.hga_config, self.shape.kv_heads, self.shape.head_dim, dtype)
+        lengths = [row.length for row in self.rows] or [0] * rows
+        closed = sum(archived_chunks(self.hga_config, length + tokens) for length in lengths)
+        closing = closed - sum(row.chunks for row in self.rows)
+        wanted = closing * (layout.chunk_bytes + layout.order_bytes)
+        unused = sum(sum(s.allocated_bytes().values()) - sum(s.held_bytes().values()) for s in self._stores)
+        return max(0, wanted - unused)
+
+    # ---- inside --------------------------------------------------------------------------------------
 
     def _take_rows(self, indices: list[int]) -> None:
         """Replace the rows by those at `indices`; the first taker of a row keeps it, others fork it."""
@@ -355,3 +369,12 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 "an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache"
             )
+
+
+def _open_store(tier: str, device: torch.device, opened: list[Store], layout: RecordLayout) -> Store:
+    """The store that a layer's rows share. It is no method: rows that knew their layer would be a cycle with it,
+    and a dropped cache's memory would wait for the garbage collector.
+    """
+    if not opened:
+        opened.append(MemoryStore(layout, torch.device("cpu") if tier == "ram" else device, tier))
+    return opened[0]

@@ -117,7 +117,7 @@ def _forward(
             inputs_embeds=inputs_embeds,
             logits_to_keep=logits_to_keep,
         )
-    cache.check_room(count)
+    cache.check_room(count, rows=tokens.shape[0], dtype=model.dtype)
     past, kept = cache.get_seq_length(), int(logits_to_keep) or count
     # Blocks of one size: a last block of a single token would count as decoding in an exact prefill.
     size = -(-count // blocks)
