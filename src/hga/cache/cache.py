@@ -50,6 +50,8 @@ class HGACache(DynamicCache):
     """
 
     hga_config: HGAConfig
+    stepper: Any
+    """What the integration keeps between decode steps: a captured graph."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -155,7 +157,7 @@ class HGACache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
         self.stepper = None
 
@@ -171,7 +173,7 @@ class HGACache(DynamicCache):
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
         handshake, limit = Handshake(), position_limit(decoder)
         self.decoding = Decoding()
-        self.stepper: Any = None
+        self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         for index in routed_layers(decoder, self.hga_config):
             frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None

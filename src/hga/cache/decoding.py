@@ -217,18 +217,20 @@ def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:
     if not rows[0].length:
         return None
     held = [row.buffers for row in rows]
-    if len(rows) == 1:
-        return Rows(held[0].data[None], None if held[0].scale is None else held[0].scale[None])
-    capacity = max(one.data.shape[1] for one in held)
-    stacked = [
-        None
-        if held[0][part] is None
-        else held[0][part].new_empty(len(rows), held[0][part].shape[0], capacity, held[0][part].shape[2])
-        for part in range(2)
-    ]
+    data = _stack_grown([one.data for one in held])
+    scale = _stack_grown([one.scale for one in held if one.scale is not None])
+    assert data is not None
     for index, row in enumerate(rows):
-        for part, whole in enumerate(stacked):
-            if whole is not None:
-                whole[index, :, : row.length] = held[index][part][:, : row.length]
-        row.move_to(Rows(stacked[0][index], None if stacked[1] is None else stacked[1][index]))
-    return Rows(*stacked)
+        row.move_to(Rows(data[index], None if scale is None else scale[index]))
+    return Rows(data, scale)
+
+
+def _stack_grown(buffers: list[Tensor]) -> Tensor | None:
+    """Buffers (Hkv, capacity, ...) of several capacities as one (B, Hkv, largest, ...); no copy for a single row."""
+    if len(buffers) <= 1:
+        return buffers[0][None] if buffers else None
+    heads, _, width = buffers[0].shape
+    stacked = buffers[0].new_empty(len(buffers), heads, max(x.shape[1] for x in buffers), width)
+    for index, buffer in enumerate(buffers):
+        stacked[index, :, : buffer.shape[1]] = buffer
+    return stacked

@@ -25,7 +25,7 @@ NEAR_LENGTH, CLOSED_CHUNKS, STEP = 0, 1, 2
 NEAR_SPLITS, CACHED_SPLITS = 8, 16
 """Parts of a step's attention to `near` and to opened groups; the far field has `Scratch.splits`."""
 
-_SELECTION_SPLITS = 16
+_PROGRAMS, _SELECTION_SPLITS = 256, 16  # enough to fill a GPU at batch 1
 _BINS = 512
 _NEVER_USED = -(1 << 20)
 
@@ -68,7 +68,7 @@ class Choice:
             peaks=floats(lines, parts),
             totals=floats(lines, parts),
             mass=ints(selectors, columns),
-            histogram=ints(selectors, _SELECTION_SPLITS, _BINS),
+            histogram=ints(selectors, _SELECTION_SPLITS if device.type == "cuda" else 2, _BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
             found=ints(selectors, 4),
@@ -104,7 +104,8 @@ class Scratch:
         """Scratch for contexts of up to `chunks` closed chunks a row."""
         lines = batch * kv_heads * repeats
         selectors = batch * kv_heads * (repeats if config.selection == "per_head" else 1)
-        splits = max(4, min(64, 1 << int(math.log2(max(1, 256 / selectors)))))
+        programs = _PROGRAMS if device.type == "cuda" else 8  # the interpreter runs one after another
+        splits = max(2, min(64, 1 << int(math.log2(max(1, programs / selectors)))))
         parts, first = splits + 1, pending_capacity(config)
         nodes, columns = None, first + chunks * config.chunk_size // config.group_size
         if config.two_level:

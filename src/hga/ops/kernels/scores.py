@@ -202,9 +202,9 @@ def score_kernel(
         new_value = tl.load(new_values + problem * width + d, mask=d < width, other=0.0)
         tl.store(near_keys + at, new_key, mask=d < width)
         tl.store(near_values + at, new_value, mask=d < width)
-        # A difference with itself is 0, or NaN for NaN and infinities.
-        odd = (new_key - new_key).to(tl.float32) + (new_value - new_value).to(tl.float32)
-        tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=odd != 0)
+        infinite = float("inf")
+        finite = (tl.abs(new_key.to(tl.float32)) < infinite) & (tl.abs(new_value.to(tl.float32)) < infinite)
+        tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=finite == 0)
         pending = count_pending(near_length, sink, window, GROUP)
         near_start = problem.to(tl.int64) * near_capacity + sink
         peak, total = score_pending(
