@@ -6,8 +6,6 @@ holds. A program sees one chunk and KV head alone, so a chunk's order cannot dep
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -144,7 +142,7 @@ def _warps(numbers: int, per_warp: int) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_rows(rows: Any, index: Any, inside: Any, stride: Any, D: tl.constexpr, D_PADDED: tl.constexpr) -> Any:
+def _load_rows(rows, index, inside, stride, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Rows (n, D) at `index` as float32, zero where not inside: (ROWS, D_PADDED)."""
     feature = tl.arange(0, D_PADDED)
     places = index[:, None] * stride + feature[None, :]
@@ -152,9 +150,7 @@ def _load_rows(rows: Any, index: Any, inside: Any, stride: Any, D: tl.constexpr,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _spread(
-    rows: Any, stride: Any, CHUNK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr
-) -> Any:
+def _spread(rows, stride, CHUNK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Standard deviation of all numbers of a chunk's rows; 1 where there is none."""
     row = tl.arange(0, ROWS)
     real = (tl.arange(0, D_PADDED) < D)[None, :]
@@ -173,20 +169,20 @@ def _spread(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _measure_spread(
-    keys: Any,
-    values: Any,
-    factors: Any,
-    key_head_stride: Any,
-    key_stride: Any,
-    value_head_stride: Any,
-    value_stride: Any,
-    heads: Any,
+    keys,
+    values,
+    factors,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    heads,
     CHUNK: tl.constexpr,
     VALUE_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-) -> None:
+):
     """What keys and values of each chunk and head are multiplied by to become features: factors (units, 2)."""
     unit = tl.program_id(0)
     head = (unit % heads).to(tl.int64)
@@ -199,17 +195,17 @@ def _measure_spread(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_node(
-    rows: Any,
-    order: Any,
-    start: Any,
-    stride: Any,
-    mean: Any,
-    factor: Any,
+    rows,
+    order,
+    start,
+    stride,
+    mean,
+    factor,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-) -> Any:
+):
     """(row - mean) * factor of a node's rows from place `start` on, zero behind its end: (ROWS, D_PADDED)."""
     place = start + tl.arange(0, ROWS)
     inside = place < SIZE
@@ -220,17 +216,17 @@ def _load_node(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _split_nodes(
-    keys: Any,
-    values: Any,
-    factors: Any,
-    start_axis: Any,
-    order: Any,
-    split: Any,
-    key_head_stride: Any,
-    key_stride: Any,
-    value_head_stride: Any,
-    value_stride: Any,
-    heads: Any,
+    keys,
+    values,
+    factors,
+    start_axis,
+    order,
+    split,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    heads,
     CHUNK: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
@@ -238,7 +234,7 @@ def _split_nodes(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-) -> None:
+):
     """Sort each node of SIZE tokens along its leading principal direction: order -> split, both (units, C)."""
     unit = tl.program_id(0)
     head = (unit % heads).to(tl.int64)
@@ -295,9 +291,7 @@ def _split_nodes(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_means(
-    means: Any, data: Any, scales: Any, index: Any, inside: Any, D: tl.constexpr, D_PADDED: tl.constexpr
-) -> None:
+def _store_means(means, data, scales, index, inside, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Encode rows of means (K, D_PADDED) into rows `index` (K,), as `encode_rows` does."""
     feature = tl.arange(0, D_PADDED)
     places = index[:, None] * D + feature[None, :]
@@ -316,22 +310,22 @@ def _store_means(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pack_nodes(
-    keys: Any,
-    values: Any,
-    order: Any,
-    records: Any,
-    node_keys: Any,
-    node_key_scales: Any,
-    node_values: Any,
-    node_value_scales: Any,
-    group_keys: Any,
-    group_key_scales: Any,
-    key_head_stride: Any,
-    key_stride: Any,
-    value_head_stride: Any,
-    value_stride: Any,
-    heads: Any,
-    chunks: Any,
+    keys,
+    values,
+    order,
+    records,
+    node_keys,
+    node_key_scales,
+    node_values,
+    node_value_scales,
+    group_keys,
+    group_key_scales,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    heads,
+    chunks,
     CHUNK: tl.constexpr,
     NODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -339,7 +333,7 @@ def _pack_nodes(
     GROUPS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-) -> None:
+):
     """Write the records of each node's groups and the encoded means of groups and node, GROUPS groups at a time."""
     unit = tl.program_id(0).to(tl.int64)
     head, chunk, node = unit % heads, unit // heads, tl.program_id(1)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def round_bfloat16(x: Any) -> Any:
+@triton.jit
+def round_bfloat16(x):
     """The nearest bfloat16 number to each finite float32, still as float32."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def encode_e4m3(x: Any) -> Any:
+@triton.jit
+def encode_e4m3(x):
     """The float8_e4m3fn code, uint8, of each float32 in [-448, 448]; the same as torch's conversion."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
