@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 FP8 = torch.float8_e4m3fn
 RULES = {  # heads, chunks, D, and the rule
-    "one level, fp8": (2, 2, 16, {"chunk_size": 16, "group_size": 2, "node_size": 2, "summary_dtype": FP8}),
+    "one level, fp8": (2, 2, 16, {"chunk_size": 16, "group_size": 4, "node_size": 4, "summary_dtype": FP8}),
     "two levels, odd sizes": (1, 2, 20, {"chunk_size": 24, "group_size": 3, "node_size": 6, "summary_dtype": FP8}),
     "a node is the chunk": (2, 1, 16, {"chunk_size": 16, "group_size": 4, "node_size": 16, "summary_dtype": FP8}),
     "bfloat16 summaries": (1, 1, 16, {"chunk_size": 16, "group_size": 4, "node_size": 8}),
@@ -37,9 +37,24 @@ LARGE = {
     "a group is half the chunk": (2, 2, 80, {"chunk_size": 512, "group_size": 256, "node_size": 512}),
     "a width of 96": (2, 5, 96, {"chunk_size": 192, "group_size": 6, "node_size": 12}),
 }
+TREES = {
+    "a deep tree": (1, 1, 16, {"chunk_size": 32, "group_size": 2, "node_size": 4, "summary_dtype": FP8}),
+    "odd sizes": (2, 1, 20, {"chunk_size": 24, "group_size": 3, "node_size": 6}),
+}
 if GPU:
-    RULES |= LARGE
-BOTH = pytest.mark.parametrize("close", [close_chunks, kernels.close_chunks], ids=["reference", "kernel"])
+    RULES, TREES = RULES | LARGE, TREES | LARGE
+
+
+def close_by_kernel(keys: Tensor, values: Tensor, **how: object) -> Closed:
+    """The kernel, its outputs poisoned: what it does not write is NaN (in integers, the largest number)."""
+    torch.use_deterministic_algorithms(True)  # this fills new memory
+    try:
+        return kernels.close_chunks(keys, values, **how)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+BOTH = pytest.mark.parametrize("close", [close_chunks, close_by_kernel], ids=["reference", "kernel"])
 
 
 def rule(**changes: object) -> dict[str, object]:
@@ -109,42 +124,39 @@ def assert_closed(closed: Closed, keys: Tensor, values: Tensor, **how: object) -
 
 
 def clear_groups(keys: Tensor, values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Groups of each chunk (X, C, D) by a float64 tree, and how clear its splits are.
+    """Groups of each chunk's tokens, (X, C, D) -> (X, C), by a float64 tree, and how clear its splits are, (X,).
 
-    Returns the group of each token (X, C), and the smallest gap at a median over the node's spread, (X,).
+    Clear: the smallest gap between the halves of a node, in standard deviations of its projections.
     """
     chunks, chunk, _ = keys.shape
-    features = torch.cat(
-        [weight * x.double() / x.double().std((1, 2), keepdim=True, correction=0)
-         for weight, x in ((1, keys), (VALUE_WEIGHT, values))], -1)  # fmt: skip
-    start = start_vector(features.shape[-1], torch.float64, keys.device)[:, 0]
-    groups = torch.zeros(chunks, chunk, dtype=torch.long, device=keys.device)
-    clearest = torch.full((chunks,), math.inf, dtype=torch.float64)
+    groups = torch.zeros(chunks, chunk, dtype=torch.long)
+    clear = torch.full((chunks,), math.inf, dtype=torch.float64)
+    start = start_vector(2 * keys.shape[2], torch.float64, torch.device("cpu"))[:, 0]
     for index in range(chunks):
-        nodes = [torch.arange(chunk, device=keys.device)]
+        key, value = keys[index].double(), values[index].double()
+        features = torch.cat([key / key.std(correction=0), VALUE_WEIGHT * value / value.std(correction=0)], -1)
+        nodes = [torch.arange(chunk)]
         while len(nodes[0]) > group_size:
             halves = []
             for tokens in nodes:
-                rows = features[index, tokens] - features[index, tokens].mean(0)
+                rows = features[tokens] - features[tokens].mean(0)
                 axis = start
                 for _ in range(POWER_ITERATIONS):
                     axis = rows.mT @ (rows @ axis)
                     axis = axis / axis.norm()
                 along, split = (rows @ axis).sort()
                 half = len(tokens) // 2
-                gap = float((along[half] - along[half - 1]) / along.std())
-                clearest[index] = min(float(clearest[index]), gap)
+                clear[index] = min(clear[index], (along[half] - along[half - 1]) / along.std())
                 halves += [tokens[split[:half]], tokens[split[half:]]]
             nodes = halves
         for number, tokens in enumerate(nodes):
             groups[index, tokens] = number
-    return groups, clearest
+    return groups, clear
 
 
 def groups_of(order: Tensor, group_size: int) -> Tensor:
     """The group of each token, from orders (..., C)."""
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order, dtype=torch.long).scatter_(-1, order.long(), place // group_size)
+    return order.long().argsort(-1) // group_size
 
 
 def spread_inside(closed: Closed) -> float:
@@ -163,34 +175,36 @@ def test_records_order_and_summaries_name_the_same_rows(close, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in RULES if name != "by position"])
-def test_the_kernel_groups_as_the_reference_does(name, dtype):
-    heads, chunks, width, changes = RULES[name]
+@pytest.mark.parametrize("name", TREES)
+def test_the_kernel_groups_as_the_reference_does(name, dtype, monkeypatch):
+    if not GPU:
+        monkeypatch.setattr(kernels, "_TILE_NUMBERS", 128)  # so that small nodes are read in several blocks too
+    heads, chunks, width, changes = TREES[name]
     how = rule(**changes)
     keys, values = draw(heads, chunks * how["chunk_size"], width, dtype, seed=1)
-    kernel, reference = kernels.close_chunks(keys, values, **how), close_chunks(keys, values, **how)
+    kernel, reference = close_by_kernel(keys, values, **how), close_chunks(keys, values, **how)
     size = how["group_size"]
-    units = [x.unflatten(1, (-1, how["chunk_size"])).transpose(0, 1).flatten(0, 1) for x in (keys, values)]
+    units = [x.cpu().unflatten(1, (-1, how["chunk_size"])).transpose(0, 1).flatten(0, 1) for x in (keys, values)]
     groups, gap = clear_groups(*units, size)
-    clear = gap.to(DEVICE) > 1e-4
+    clear = gap > 1e-4  # of a node's spread: far above float32 rounding
     assert clear.float().mean() > 0.3
-    assert torch.equal(groups_of(kernel.order, size).flatten(0, 1)[clear], groups[clear])
+    assert torch.equal(groups_of(kernel.order.cpu(), size).flatten(0, 1)[clear], groups[clear])
     assert spread_inside(kernel) == pytest.approx(spread_inside(reference), rel=0.01)
 
 
 @BOTH
 def test_a_chunk_closes_alike_alone_and_among_others(close):
     how = rule(chunk_size=16, group_size=4, node_size=8, summary_dtype=FP8)
-    keys, values = draw(2, 5 * 16, 16, torch.float16, seed=2)
-    together, alone = close(keys, values, **how), close(keys[:, 32:48], values[:, 32:48], **how)
-    assert torch.equal(together.order[2:3], alone.order)
-    assert torch.equal(together.records[2:3], alone.records)
+    keys, values = draw(2, 3 * 16, 16, torch.float16, seed=2)
+    together, alone = close(keys, values, **how), close(keys[:, 16:32], values[:, 16:32], **how)
+    assert torch.equal(together.order[1:2], alone.order)
+    assert torch.equal(together.records[1:2], alone.records)
     for many, one, size in (
         (together.node_keys, alone.node_keys, 2),
         (together.node_values, alone.node_values, 2),
         (together.group_keys, alone.group_keys, 4),
     ):
-        here = slice(2 * size, 3 * size)
+        here = slice(size, 2 * size)
         assert torch.equal(many.data[:, here].view(torch.uint8), one.data.view(torch.uint8))
         assert torch.equal(many.scale[:, here], one.scale)
 

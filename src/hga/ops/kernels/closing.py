@@ -44,7 +44,6 @@ def close_chunks(
     keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
     heads, tokens, width = keys.shape
     chunks = tokens // chunk_size
-    order = _order_tokens(keys, values, chunk_size, group_size) if ordering == "content" else None
     records = keys.new_empty(chunks, heads, chunk_size // group_size, 2, group_size, width)
 
     def rows(size: int) -> Rows:
@@ -58,18 +57,20 @@ def close_chunks(
     padded_width, padded_group = (triton.next_power_of_2(x) for x in (width, group_size))
     groups = triton.next_power_of_2(node_size // group_size)
     groups = max(1, min(groups, _TILE_NUMBERS // 2 // (padded_group * padded_width)))
-    _pack_nodes[(chunks * heads, chunk_size // node_size)](
-        *(keys, values, order, records, *_pointers(node_keys), *_pointers(node_values), *_pointers(group_keys)),
-        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, chunks),
-        CHUNK=chunk_size,
-        NODE=node_size,
-        GROUP=group_size,
-        GROUP_PADDED=padded_group,
-        GROUPS=groups,
-        D=width,
-        D_PADDED=padded_width,
-        num_warps=_warps(groups * padded_group * padded_width, 512),
-    )
+    with torch.cuda.device_of(keys):  # Triton launches on the current device
+        order = _order_tokens(keys, values, chunk_size, group_size) if ordering == "content" else None
+        _pack_nodes[(chunks * heads, chunk_size // node_size)](
+            *(keys, values, order, records, *_pointers(node_keys), *_pointers(node_values), *_pointers(group_keys)),
+            *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, chunks),
+            CHUNK=chunk_size,
+            NODE=node_size,
+            GROUP=group_size,
+            GROUP_PADDED=padded_group,
+            GROUPS=groups,
+            D=width,
+            D_PADDED=padded_width,
+            num_warps=_warps(groups * padded_group * padded_width, 512),
+        )
     return Closed(records, order, node_keys, node_values, group_keys)
 
 
