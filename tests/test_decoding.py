@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hga import HGAConfig
-from hga.cache import decoding, layer
+from hga.cache import kernels, layer
 from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.routed import Scoring
 from hga.store import MemoryStore
@@ -119,7 +119,7 @@ def test_bad_kv_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_serve_only_what_they_can() -> None:
     cuda = torch.device("cuda")
-    assert not decoding.kernels_serve(CONFIG, torch.float32, torch.device("cpu"))
-    assert not decoding.kernels_serve(CONFIG, torch.float64, cuda)
-    assert not decoding.kernels_serve(HGAConfig.preset("paper"), torch.bfloat16, cuda)
-    assert decoding.kernels_serve(CONFIG, torch.bfloat16, cuda)
+    assert not kernels.kernels_serve(CONFIG, torch.float32, torch.device("cpu"))
+    assert not kernels.kernels_serve(CONFIG, torch.float64, cuda)
+    assert not kernels.kernels_serve(HGAConfig.preset("paper"), torch.bfloat16, cuda)
+    assert kernels.kernels_serve(CONFIG, torch.bfloat16, cuda)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from hga.cache.kernels import find_closing
 from hga.cache.layout import record_layout
 from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
-from hga.ops.ordering import content_order
-from hga.ops.precision import compute_dtype
+from hga.ops.precision import resolve_summary_dtype
 from hga.store import RecordLayout, Store
 
 _STREAMED_CHUNKS = 8
@@ -27,7 +27,10 @@ class Archive:
     ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
         self._config = config
-        self.summaries = Summaries(config, like.dtype, inverse_frequencies)
+        self._inverse_frequencies = inverse_frequencies
+        self._summary_dtype = resolve_summary_dtype(config.summary_dtype, like.dtype)
+        self._close_chunks = find_closing(config, like.dtype, like.device)
+        self.summaries = Summaries(config)
         self.chunks: list[int] = []
         self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
@@ -37,17 +40,19 @@ class Archive:
     def close(self, keys: Tensor, values: Tensor) -> None:
         """Close whole chunks, (Hkv, n C, D) in position order: order tokens, summarise, hand K/V to the store."""
         config = self._config
-        # (n, Hkv, C, D): a chunk is a record, so chunks come first.
-        keys, values = (x.unflatten(1, (-1, config.chunk_size)).transpose(0, 1) for x in (keys, values))
-        order = None
-        if config.ordering == "content":
-            order = content_order(keys, values, config.group_size)
-            index = order[..., None].expand_as(keys)
-            keys, values = keys.gather(2, index), values.gather(2, index)
-            order = order.to(torch.int16)
-        self._set_chunks(self.chunks + self._store.append(self._store.layout.pack(keys, values), order))
-        work = compute_dtype(keys.dtype)
-        self.summaries.append(*(x.transpose(0, 1).flatten(1, 2).to(work) for x in (keys, values)))
+        closed = self._close_chunks(
+            keys,
+            values,
+            chunk_size=config.chunk_size,
+            group_size=config.group_size,
+            node_size=config.node_size,
+            ordering=config.ordering,
+            summary_dtype=self._summary_dtype,
+            far_field=config.far_field,
+            inverse_frequencies=self._inverse_frequencies,
+        )
+        self._set_chunks(self.chunks + self._store.append(closed.records, closed.order))
+        self.summaries.append(closed)
 
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass, field
 
 import torch
@@ -16,19 +14,7 @@ from hga.config import HGAConfig
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
 from hga.ops.precision import Rows
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _COPIES_IN_FLIGHT = 64
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def kernels_serve(config: HGAConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether single tokens are decoded by kernels: a CUDA device, 16 or 32 bits, plain mean summaries."""
-    return device.type == "cuda" and has_triton() and dtype in KERNEL_DTYPES and config.summary == "mean"
 
 
 @dataclass
