@@ -24,10 +24,11 @@ class CacheStats:
     """What a cache holds where, in bytes, and what its queries attended.
 
     tokens: tokens seen by a row, padding included. summary_bytes, window_bytes (sink, window, unclosed tokens),
-    working_bytes (most K/V fetched at once): beside the model; device_bytes is their sum, plus the archive when
+    working_bytes (most K/V fetched at once, groups cached for decoding): beside the model; device_bytes is their sum, plus the archive when
     store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed layers would take.
     summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of the context
-    attended exactly by a query head; fetched: the same for the unique tokens of a KV head.
+    attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate: share of the
+    groups that decoding kernels found cached beside the model, 0 where none has run.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class CacheStats:
     queries: int
     attended: float
     fetched: float
+    hit_rate: float
 
 
 class HGACache(DynamicCache):
@@ -75,7 +77,11 @@ class HGACache(DynamicCache):
         layers = self.routed
         summaries = sum(layer.summary_bytes() for layer in layers)
         windows = sum(layer.window_bytes() for layer in layers)
+        # Fetched K/V of one layer at a time; what decoding keeps is there for all layers at once.
         working = max((layer.counters.working_bytes for layer in layers), default=0)
+        working += sum(layer.cached_bytes() for layer in layers) + self.decoding.held_bytes()
+        traffic = [layer.traffic() for layer in layers]
+        hits, asked = sum(hit for hit, _, _ in traffic), sum(hit + miss for hit, miss, _ in traffic)
         held = [layer.store_bytes() for layer in layers]
         beside = summaries + windows + working + sum(tiers.get("device", 0) for tiers in held)
         queries = sum(layer.counters.queries for layer in layers)
@@ -96,6 +102,7 @@ class HGACache(DynamicCache):
             queries=queries // max(1, len(layers)),
             attended=sum(layer.counters.attended for layer in layers) / max(1, queries),
             fetched=sum(layer.counters.fetched for layer in layers) / max(1, queries),
+            hit_rate=hits / max(1, asked),
         )
 
     def reset_counters(self) -> None:
