@@ -3,8 +3,8 @@
     python benchmarks/gpu_model.py --contexts 65536,262144,524288 --rules balanced,lean --steps 600
 
 Qwen3-30B-A3B's shape, bfloat16, batch 1, experts by batched_mm. The context is random K/V put into the caches; then
-`--steps` tokens are decoded. Dense comes twice: as transformers gives it (DynamicCache, eager; `--eager`), and under the
-same CUDA graph with a fixed buffer of K/V, which is the honest baseline. JSON lines, milliseconds a token (p50, p99).
+`--steps` tokens are decoded. Dense comes twice: as transformers gives it (DynamicCache; `--eager`), and under the same
+CUDA graph with a fixed buffer of K/V, which is the honest baseline. JSON lines, milliseconds a token (p50, p99).
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ class FixedLayer(DynamicLayer):
     """Dense K/V in a buffer that never moves: each step writes the same last place, so that a graph can replay it."""
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take a context's K/V (1, Hkv, n, D), the last place free."""
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the last place; returns all K/V."""
         self.keys[:, :, -1:].copy_(key_states)
         self.values[:, :, -1:].copy_(value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
+        """Tokens before the last place."""
         return self.keys.shape[2] - 1
 
 
@@ -147,7 +150,7 @@ def time_routed(model: Any, rule: str, context: int, steps: int) -> dict[str, An
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="Qwen3-30B-A3B.json", help="a config packaged with hga")
+    parser.add_argument("--model", default="qwen3-30b-a3b.json", help="a config packaged with hga")
     parser.add_argument("--contexts", default="65536,262144,524288")
     parser.add_argument("--rules", default="balanced,lean")
     parser.add_argument("--steps", type=int, default=600)

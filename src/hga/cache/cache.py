@@ -24,11 +24,11 @@ class CacheStats:
     """What a cache holds where, in bytes, and what its queries attended.
 
     tokens: tokens seen by a row, padding included. summary_bytes, window_bytes (sink, window, unclosed tokens),
-    working_bytes (most K/V fetched at once, groups cached for decoding): beside the model; device_bytes is their sum, plus the archive when
-    store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed layers would take.
-    summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of the context
-    attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate: share of the
-    groups that decoding kernels found cached beside the model, 0 where none has run.
+    working_bytes (most K/V fetched at once, groups cached for decoding): beside the model; device_bytes is their
+    sum, plus the archive when store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed
+    layers would take. summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of
+    the context attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate:
+    share of the groups that decoding kernels found cached beside the model, 0 where none has run.
     """
 
     tokens: int
