@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import triton.language as tl
@@ -87,8 +89,10 @@ def attend_decode(
         _choose(step, listed, units=units, first=0)
         _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
         _choose(step, groups, units=0, first=step.first, listed=listed)
+    with _beside(query.device) as join:
+        used = _attend_unfetched(step, query, groups, listed, scale, cap)
     _fetch(step, groups, listed)
-    return _attend(step, query, groups, listed, scale, cap, sinks)
+    return _attend_fetched(step, query, groups, scale, cap, sinks, used, join)
 
 
 def _score(
@@ -173,10 +177,11 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         PARTS=parts,
         PARTS_B=1 << (parts - 1).bit_length(),
         SPLITS=splits,
-        BLOCK=512,
+        BLOCK=1024,
         GROUP=config.group_size,
         PER_NODE=per_node,
         FIRST=first,
+        num_warps=8,
     )
     collect_kernel[grid](
         choice.mass,
@@ -196,6 +201,7 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         BLOCK=512,
         PER_NODE=per_node,
         FIRST=first,
+        num_warps=8,
     )
     resolve_kernel[(step.selectors,)](
         choice.mass,
@@ -208,6 +214,7 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         choice.limits,
         choice.counts,
         BLOCK=512,
+        num_warps=1,  # no barriers: it is a chain of small reductions
     )
 
 
@@ -259,10 +266,25 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
     )
 
 
-def _attend(
-    step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float, sinks: Tensor | None
-) -> Tensor:
-    """Attend to near tokens, cached groups and the far field, each in `splits` parts, and merge them."""
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Launch beside what follows, where a graph is being captured; call the result before reading what was written."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float) -> int:
+    """Attend to near tokens and the far field, which need nothing from the store; returns the parts in use."""
     config, layer, scratch = step.config, step.layer, step.layer.scratch
     splits, parts = scratch.splits, scratch.peaks.shape[1]
     dtype = _TYPES[query.dtype]
@@ -339,6 +361,22 @@ def _attend(
         FAR=config.far_field,
         DTYPE=dtype,
     )
+    return used
+
+
+def _attend_fetched(
+    step: _Step,
+    query: Tensor,
+    groups: Choice,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    used: int,
+    join: Callable[[], None],
+) -> Tensor:
+    """Attend to opened groups in their slots, and merge all parts."""
+    config, layer, scratch = step.config, step.layer, step.layer.scratch
+    parts, into = scratch.peaks.shape[1], (scratch.peaks, scratch.totals, scratch.sums)
     attend_cached_kernel[(step.selectors, CACHED_SPLITS)](
         query,
         layer.slots.records,
@@ -356,8 +394,9 @@ def _attend(
         BLOCK=64,
         SPLITS=CACHED_SPLITS,
         GROUP=config.group_size,
-        DTYPE=dtype,
+        DTYPE=_TYPES[query.dtype],
     )
+    join()
     out = torch.empty_like(query)
     merge_kernel[(query.shape[0] * step.heads,)](
         *into,
@@ -368,6 +407,7 @@ def _attend(
         step.heads,
         step.width,
         PARTS_B=1 << (used - 1).bit_length(),
+        BLOCK=32,
         DB=step.wide,
         SINKS=sinks is not None,
     )

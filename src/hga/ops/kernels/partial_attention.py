@@ -148,13 +148,18 @@ def attend_listed_far_kernel(
         node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
         rows = problem.to(tl.int64) * capacity + node
         data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        logits = tl.full((RB, BLOCK), _NEVER, tl.float32)
         for group in range(PER_NODE):
             column = FIRST + k * PER_NODE + group
             bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=0)
             far = inside & (is_chosen(bits, column, limit, last) == 0)
             s_mask = (r < ROWS)[:, None] & far[None, :]
             s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=s_mask, other=_NEVER)
-            peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
+            top = tl.maximum(logits, s)
+            safe = tl.where(top == _NEVER, 0.0, top)
+            both = tl.exp(logits - safe) + tl.exp(s - safe)
+            logits = tl.where(top == _NEVER, _NEVER, safe + tl.log(tl.where(both > 0, both, 1.0)))
+        peak, total, sums = _fold_summaries(peak, total, sums, logits + log_size, data, scale, FP8, DTYPE)
     _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
@@ -288,6 +293,7 @@ def merge_kernel(
     heads,
     width,
     PARTS_B: tl.constexpr,
+    BLOCK: tl.constexpr,
     DB: tl.constexpr,
     SINKS: tl.constexpr,
 ):
@@ -304,6 +310,11 @@ def merge_kernel(
     norm = tl.sum(total * weight, 0)
     if SINKS:
         norm += tl.exp(sink - top)
-    part = tl.load(sums + (line * parts + p)[:, None] * DB + d[None, :], mask=(p < used)[:, None], other=0.0)
-    value = tl.sum(part * weight[:, None], 0) / norm
+    value = tl.zeros((DB,), tl.float32)
+    for first in range(0, used, BLOCK):
+        q = first + tl.arange(0, BLOCK)
+        share = tl.load(peaks + line * parts + q, mask=q < used, other=_NEVER)
+        part = tl.load(sums + (line * parts + q)[:, None] * DB + d[None, :], mask=(q < used)[:, None], other=0.0)
+        value += tl.sum(part * tl.exp(share - top)[:, None], 0)
+    value = value / norm
     tl.store(out + line * width + d, value.to(out.dtype.element_ty), mask=d < width)

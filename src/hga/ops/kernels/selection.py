@@ -111,13 +111,10 @@ def collect_kernel(
     row = selector // SELECTORS // kv_heads
     columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
     start, stop = split_range(columns, split, SPLITS, BLOCK)
-    b = tl.arange(0, BINS)
-    seen = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for other in range(SPLITS):
-        part = tl.load(histogram + (selector.to(tl.int64) * SPLITS + other) * BINS + b)
-        seen += part
-        before += tl.where(other < split, part, 0)
+    b, q = tl.arange(0, BINS), tl.arange(0, SPLITS)
+    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * BINS + b[None, :])  # (SPLITS, BINS)
+    seen = tl.sum(parts, 0)
+    before = tl.sum(tl.where((q < split)[:, None], parts, 0), 0)
     from_top = tl.cumsum(seen, 0, reverse=True)
     threshold = tl.max(tl.where(from_top >= keep, b, 0), 0)
     above = tl.sum(tl.where(b > threshold, seen, 0), 0)
