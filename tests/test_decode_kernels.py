@@ -24,6 +24,7 @@ CONFIGS = {
     "fp8": BASE.replace(summary_dtype="fp8"),
     "by position": BASE.replace(ordering="position", group_size=16, window_tokens=20, node_size=16),
     "nothing routed": BASE.replace(budget_tokens=16),
+    "long": BASE.replace(budget_tokens=700),
     "everything routed": BASE.replace(budget_tokens=4096),
 }
 
@@ -107,9 +108,10 @@ def test_kernels_equal_reference(name: str) -> None:
     from hga.ops.kernels import decode as kernels
 
     config, heads, repeats, width, dtype = CONFIGS[name], 2, 3, 24, torch.float32
-    rows = [filled_row(config, length, heads, width, dtype) for length in (301, 157)]
+    lengths = (3900, 157) if name == "long" else (301, 157)
+    rows = [filled_row(config, length, heads, width, dtype) for length in lengths]
     layer, counts = decode_layer(config, rows, repeats)
-    for _ in range(3):
+    for _ in range(2):
         query, keys, values = random_step(2, heads, repeats, width, dtype)
         out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
         expected = attend_decode(query, keys, values, layer, counts, config, 0.3)

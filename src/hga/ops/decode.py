@@ -25,7 +25,8 @@ NEAR_LENGTH, CLOSED_CHUNKS, STEP = 0, 1, 2
 NEAR_SPLITS, CACHED_SPLITS = 8, 32
 """Parts of a step's attention to `near` and to opened groups; the far field has `Scratch.splits`."""
 
-_PROGRAMS, _SELECTION_SPLITS = 512, 32  # enough to fill a GPU at batch 1
+_PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
+_MANY_UNITS = 1 << 15
 _BINS = 512
 _NEVER_USED = -(1 << 20)
 
@@ -105,6 +106,8 @@ class Scratch:
         lines = batch * kv_heads * repeats
         selectors = batch * kv_heads * (repeats if config.selection == "per_head" else 1)
         programs = _PROGRAMS if device.type == "cuda" else 8  # the interpreter runs one after another
+        if chunks * config.chunk_size // config.node_size > _MANY_UNITS:
+            programs *= 2
         splits = max(2, min(128, 1 << int(math.log2(max(1, programs / selectors)))))
         parts, first = splits + 1, pending_capacity(config)
         nodes, columns = None, first + chunks * config.chunk_size // config.group_size

@@ -28,6 +28,7 @@ from hga.ops.precision import Rows
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _FETCH_PROGRAMS = 32
+_SELECTION_BLOCK = 1024  # of both passes over the columns: their splits must be the same columns
 
 
 def _widened(dtype: torch.dtype) -> tl.dtype:
@@ -177,7 +178,7 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         PARTS=parts,
         PARTS_B=1 << (parts - 1).bit_length(),
         SPLITS=splits,
-        BLOCK=1024,
+        BLOCK=_SELECTION_BLOCK,
         GROUP=config.group_size,
         PER_NODE=per_node,
         FIRST=first,
@@ -198,7 +199,7 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         units,
         SELECTORS=step.selectors_each,
         SPLITS=splits,
-        BLOCK=512,
+        BLOCK=_SELECTION_BLOCK,
         PER_NODE=per_node,
         FIRST=first,
         num_warps=8,
@@ -214,7 +215,6 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         choice.limits,
         choice.counts,
         BLOCK=512,
-        num_warps=1,  # no barriers: it is a chain of small reductions
     )
 
 
@@ -244,7 +244,7 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         groups.keep,
         SELECTORS=step.selectors_each,
         SLOTS_B=1 << (count - 1).bit_length(),
-        BLOCK=256,
+        BLOCK=512,
         PER_NODE=step.per_node,
         FIRST=step.first,
     )
@@ -407,8 +407,9 @@ def _attend_fetched(
         step.heads,
         step.width,
         PARTS_B=1 << (used - 1).bit_length(),
-        BLOCK=32,
+        BLOCK=64,
         DB=step.wide,
         SINKS=sinks is not None,
+        num_warps=8,
     )
     return out

@@ -96,7 +96,7 @@ def attend_far_kernel(
         s_mask = (r < ROWS)[:, None] & far[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
         rows = problem.to(tl.int64) * capacity + k
-        data, scale = load_summaries(values, value_scales, rows, far, d, width, FP8, BY_BITS, DTYPE)
+        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
         peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
     _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 

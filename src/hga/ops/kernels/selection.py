@@ -159,12 +159,15 @@ def resolve_kernel(
     missing = keep - above
     prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 20, 0)
     rounds = tl.where(threshold > 0, 4, 6)  # bin 0 holds many octaves
+    at = tl.arange(0, BLOCK)
+    first_column = tl.load(tied + at, mask=at < count, other=-1)  # mostly there are no others
+    first_bits = tl.load(mass + first_column, mask=first_column >= 0, other=-1)
     for step in range(rounds):
         shift = (rounds - 1 - step) * 5
-        seen = tl.zeros((32,), tl.int32)
-        for first in range(0, count, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            column = tl.load(tied + at, mask=at < count, other=-1)
+        alike = (first_column >= 0) & ((first_bits >> (shift + 5)) == (prefix >> (shift + 5)))
+        seen = tl.histogram((first_bits >> shift) & 31, 32, mask=alike)
+        for first in range(BLOCK, count, BLOCK):
+            column = tl.load(tied + first + at, mask=first + at < count, other=-1)
             bits = tl.load(mass + column, mask=column >= 0, other=-1)
             alike = (column >= 0) & ((bits >> (shift + 5)) == (prefix >> (shift + 5)))
             seen += tl.histogram((bits >> shift) & 31, 32, mask=alike)
@@ -177,8 +180,7 @@ def resolve_kernel(
     equal_before = 0
     last = -1
     for first in range(0, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        column = tl.load(tied + at, mask=at < count, other=-1)
+        column = tl.load(tied + first + at, mask=first + at < count, other=-1)
         bits = tl.load(mass + column, mask=column >= 0, other=-1)
         equal = (column >= 0) & (bits == prefix)
         rank = equal_before + tl.cumsum(equal.to(tl.int32), 0) - 1
