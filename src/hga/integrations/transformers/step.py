@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +26,13 @@ class StepGraph:
         """Inside `cache.begin_token()`: the captured step may run again and again for one token."""
         self.generation = cache.decoding.generation
         self._ids, self._positions = input_ids.clone(), position_ids.clone()
-        stream = torch.cuda.Stream()
+        stream = _capture_stream(input_ids.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and makes the libraries allocate
             forward(input_ids=self._ids, position_ids=self._positions)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._out = forward(input_ids=self._ids, position_ids=self._positions)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Any:
@@ -42,6 +43,15 @@ class StepGraph:
         out = copy.copy(self._out)
         out.logits = self._out.logits.clone()  # the next replay overwrites them
         return out
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for each stream that they see.
+
+    Of high priority, so that the chain of small kernels overtakes what is launched beside it.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Stepper:

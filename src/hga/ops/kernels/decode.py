@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, pending_capacity
+from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, padded_width, pending_capacity
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
     attend_far_kernel,
@@ -53,7 +53,7 @@ class _Step:
         repeats = self.heads // self.kv_heads
         self.selectors_each = repeats if config.selection == "per_head" else 1
         self.selectors = self.problems * self.selectors_each
-        self.wide = 1 << (self.width - 1).bit_length()
+        self.wide = padded_width(self.width)
         self.first = pending_capacity(config)
         self.per_node = config.node_size // config.group_size if config.two_level else 0
         self.tile = {
@@ -280,7 +280,7 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=0)
 
 
 def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float) -> int:
@@ -299,10 +299,13 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
         encoding = {"FP8": fp8, "BY_BITS": _lacks_fp8(query.device), "DTYPE": _widened(query.dtype) if fp8 else dtype}
         two_level = scratch.nodes is not None
         of_units = (listed.scores, listed.mass, listed.scores.shape[1], listed.limits) if two_level else of_groups
+        pending = 0 if two_level else 1
         attend_far_kernel[(step.selectors, splits)](
             *stored,
             step.counts,
             *of_units,
+            listed.peaks if two_level else groups.peaks,
+            splits + pending,
             *into,
             step.kv_heads,
             config.chunk_size // config.node_size,
@@ -313,6 +316,7 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
             **step.tile,
             BLOCK=64,
             SPLITS=splits,
+            PARTS_B=1 << splits.bit_length(),
             FIRST=0 if two_level else step.first,
             **encoding,
             num_stages=3,
@@ -325,6 +329,8 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
                 listed.chosen.shape[1],
                 listed.counts,
                 *of_groups,
+                groups.peaks,
+                splits + 1,
                 *into,
                 math.log(config.group_size),
                 step.width,
@@ -333,6 +339,7 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
                 **step.tile,
                 BLOCK=32,
                 SPLITS=CACHED_SPLITS,
+                PARTS_B=1 << splits.bit_length(),
                 FIRST=step.first,
                 PER_NODE=step.per_node,
                 **encoding,
@@ -398,7 +405,8 @@ def _attend_fetched(
     )
     join()
     out = torch.empty_like(query)
-    merge_kernel[(query.shape[0] * step.heads,)](
+    share = min(64, step.wide)
+    merge_kernel[(query.shape[0] * step.heads, step.wide // share)](
         *into,
         out if sinks is None else sinks,
         out,
@@ -407,7 +415,7 @@ def _attend_fetched(
         step.heads,
         step.width,
         PARTS_B=1 << (used - 1).bit_length(),
-        BLOCK=64,
+        SHARE=share,
         DB=step.wide,
         SINKS=sinks is not None,
         num_warps=8,
