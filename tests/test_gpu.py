@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import hga
@@ -127,3 +129,46 @@ def test_long_decode_holds_its_memory() -> None:
                 held.append(torch.cuda.memory_allocated() - cache.stats().device_bytes)
     assert max(held) - min(held) < 24 << 20, held
     cache.reset()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_the_same_tokens() -> None:
+    model = make_model(torch.float32)
+    ids = torch.randint(1, 512, (1, 900), device="cuda")
+    config = hga.HGAConfig.preset("balanced", **ROUTED)
+    alone = generate(model, ids, config, 40)
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1}
+    split = dispatch_model(model, places | {"model.norm": 1, "model.rotary_emb": 0, "lm_head": 1})
+    assert torch.equal(generate(split, ids, config, 40), alone)
+
+
+def test_offloaded_weights_decode_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(torch.float32)
+    ids = torch.randint(1, 512, (1, 900), device="cuda")
+    config = hga.HGAConfig.preset("balanced", **ROUTED)
+    alone = generate(model, ids, config, 20)
+    places = {name: 0 for name, _ in model.named_modules() if name.count(".") == 3 or name in ("model.norm", "lm_head")}
+    places |= {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.1.mlp": "cpu"}
+    offloaded = dispatch_model(model, {name: place for name, place in places.items() if name})
+    with caplog.at_level(logging.INFO, "hga"):
+        assert torch.equal(generate(offloaded, ids, config, 20), alone)
+    assert "without a CUDA graph" in caplog.text
+
+
+def test_gpu_memory_exhausted_leaves_model_and_process_usable() -> None:
+    model = make_model(torch.bfloat16)
+    ids = torch.randint(1, 512, (1, 1500), device="cuda")
+    config = hga.HGAConfig.preset("balanced", **ROUTED)
+    expected = generate(model, ids, config, 8)
+    held = torch.cuda.memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            generate(model, ids, config, 8)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    assert torch.cuda.memory_allocated() - held < 8 << 20
+    assert torch.equal(generate(model, ids, config, 8), expected)

@@ -91,7 +91,12 @@ class Stepper:
             return None
 
 
-def is_on_one_gpu(model: Any) -> bool:
-    """Whether a model's step can be captured at all: every weight on one CUDA device, and no offloading hooks."""
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return len(devices) <= 1 and all(parameter.device.type == "cuda" for parameter in model.parameters())
+def can_capture(model: Any) -> bool:
+    """Whether a model's step can be captured at all: every weight on one CUDA device. Logs why not."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    devices |= {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values() if place != ""}
+    kinds = {device if device.isalpha() else "cuda" for device in devices}
+    if kinds != {"cuda"} or len({str(parameter.device) for parameter in model.parameters()}) > 1:
+        _log.info("decoding without a CUDA graph: the weights are spread over %s", ", ".join(sorted(devices)))
+        return False
+    return True
