@@ -314,7 +314,7 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
             parts,
             used,
             **step.tile,
-            BLOCK=64,
+            BLOCK=128 if fp8 else 64,
             SPLITS=splits,
             PARTS_B=1 << splits.bit_length(),
             FIRST=0 if two_level else step.first,

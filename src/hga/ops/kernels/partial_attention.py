@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hga.ops.kernels.scores import COUNTS, cap_scores, count_pending, find_power, load_summaries, split_range
+from hga.ops.kernels.scores import COUNTS, cap_scores, count_pending, load_summaries, split_range
 from hga.ops.kernels.selection import is_chosen
 
 _NEVER = tl.constexpr(float("-inf"))
@@ -24,23 +24,23 @@ def _fold(peak, total, sums, logits, values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_tops(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr):
-    """The largest score of each row (RB,), from the parts that scoring left: no weight against it exceeds a size."""
+def _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr):
+    """A peak for each row (RB,): its largest score, from the parts that scoring left, less the logarithm of 1,024.
+
+    Weights against it are at most 1,024 times a size, so that float16 still holds those a billion times smaller.
+    """
     p = tl.arange(0, PARTS_B)
     mask = (r < ROWS)[:, None] & (p < score_parts)[None, :]
     tops = tl.max(tl.load(score_peaks + lines[:, None] * score_parts + p[None, :], mask=mask, other=_NEVER), 1)
-    return tl.where(tops == _NEVER, 0.0, tops)
+    return tl.where(tops == _NEVER, 0.0, tops - 6.931471805599453)
 
 
 @triton.jit
 def _add_summaries(total, sums, weights, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """Add weights (RB, K) times encoded values (K, D); their scales (K,) join the weights, near 1 by a power of two."""
+    """Add weights (RB, K) times encoded values (K, D) with their scales (K,)."""
     if FP8:
-        factor, inverse = find_power(tl.max(scales, 0))
-        scaled = (weights * (scales * factor)[None, :]).to(DTYPE)
-        sums += tl.dot(scaled, values, input_precision="ieee") * inverse
-    else:
-        sums += tl.dot(weights.to(DTYPE), values, input_precision="ieee")
+        values = values * scales.to(DTYPE)[:, None]
+    sums += tl.dot(weights.to(DTYPE), values, input_precision="ieee")
     return total + weights, sums
 
 
@@ -93,7 +93,7 @@ def attend_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = _load_tops(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
     total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
@@ -151,7 +151,7 @@ def attend_listed_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = _load_tops(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
     total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):

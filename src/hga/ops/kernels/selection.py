@@ -12,13 +12,13 @@ import triton.language as tl
 from hga.ops.kernels.scores import COUNTS, count_pending, split_range
 
 BINS = tl.constexpr(512)
-_LOWEST = tl.constexpr((127 - 59) << 3)  # bits >> 20 of 2 ** -59: eight bins an octave from there to 2 ** 5
+_LOWEST = tl.constexpr((127 - 27) << 4)  # bits >> 19 of 2 ** -27: sixteen bins an octave from there to 2 ** 5
 
 
 @triton.jit
 def find_bin(bits):
-    """Histogram bin of masses given by their bits: eight an octave, everything up to 2 ** -59 in bin 0."""
-    return tl.minimum(tl.maximum((bits >> 20) - _LOWEST, 0), BINS - 1)
+    """Histogram bin of masses given by their bits: sixteen an octave, everything up to 2 ** -27 in bin 0."""
+    return tl.minimum(tl.maximum((bits >> 19) - _LOWEST, 0), BINS - 1)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def resolve_kernel(
     chosen += selector * chosen_stride
     digits = tl.arange(0, 32)
     missing = keep - above
-    prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 20, 0)
+    prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 19, 0)
     rounds = tl.where(threshold > 0, 4, 6)  # bin 0 holds many octaves
     at = tl.arange(0, BLOCK)
     first_column = tl.load(tied + at, mask=at < count, other=-1)  # mostly there are no others
