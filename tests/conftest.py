@@ -1,5 +1,6 @@
 """What all tests share: few threads, derandomised property tests, the benchmarks' simulation on the path."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when triton is imported, below
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside a PyTorch reference of the same name and signature in `hga.ops`."""
