@@ -1,5 +1,7 @@
 """Triton kernels of exact prefill; `hga.ops.prefill` is the reference and says what each function does."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch
@@ -89,8 +91,8 @@ def _launch(
     return Output(value, logsumexp)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend_kernel(
     query,
     keys,
     values,
@@ -184,18 +186,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_logsumexp + out_row, logsumexp, mask=real)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _token_at(  # type: ignore[no-untyped-def]
-    token, chunk_stride, group_stride, stride, CHUNK: tl.constexpr, GROUP: tl.constexpr
-):
+@triton.jit
+def _token_at(token, chunk_stride, group_stride, stride, CHUNK: tl.constexpr, GROUP: tl.constexpr):
     """Offset of tokens, counted in the order in which they are stored."""
     chunk = (token // CHUNK).to(tl.int64)
     within = token % CHUNK
     return chunk * chunk_stride + (within // GROUP) * group_stride + (within % GROUP) * stride
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_rows(base, at, column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _load_rows(base, at, column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Rows (N, D) at offsets `at`, padded with zeros to BLOCK_WIDTH."""
     pointers = base + at[:, None] + column[None, :]
     if WIDTH == BLOCK_WIDTH:
