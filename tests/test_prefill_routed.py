@@ -1,0 +1,92 @@
+"""Routed prefill: the reference against a row fed block by block, the kernels against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from rows import SMALL, new_row, random_sequence
+from torch import Tensor
+
+from hga.cache.routed import Scoring
+from hga.cache.row import Row
+from hga.config import HGAConfig
+from hga.ops import prefill_routed
+from hga.ops.precision import Rows
+from hga.ops.prefill_routed import ClosedChunks
+
+FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+CONFIGS = {
+    "one level": SMALL,
+    "two levels": SMALL.replace(node_size=16, overselection=2),
+    "per head": SMALL.replace(selection="per_head"),
+    "per head, two levels": SMALL.replace(selection="per_head", node_size=16, overselection=2),
+    "no far field": SMALL.replace(far_field=False, node_size=8, overselection=2),
+    "fp8": SMALL.replace(summary_dtype="fp8"),
+    "mixed rope": SMALL.replace(ordering="position", summary="mixed_rope"),
+    "nothing routed": SMALL.replace(budget_tokens=16),
+    "everything routed": SMALL.replace(budget_tokens=4096),
+    "large groups": SMALL.replace(group_size=8, node_size=8, window_tokens=13, sink_tokens=3, budget_tokens=41),
+}
+
+
+@dataclass
+class Block:
+    """What a row would hand over for the block [first, last), and the row's own output."""
+
+    query: Tensor
+    near: tuple[Tensor, Tensor]
+    closed: ClosedChunks | None
+    first: int
+    output: Tensor
+
+
+def take_block(config: HGAConfig, first: int, last: int, softcap: float | None, seed: int = 0) -> Block:
+    """Feed a row up to `first`, then the block [first, last)."""
+    sequence = random_sequence(last, seed)
+    frequencies = FREQUENCIES if config.summary == "mixed_rope" else None
+    row, opened = new_row(config, frequencies)
+    scoring = Scoring(0.25, softcap)
+    if first:
+        row.append(sequence.key[:, :first], sequence.value[:, :first])
+        row.attend(sequence.query[:, :, :first], scoring)
+    row.append(sequence.key[:, first:], sequence.value[:, first:])
+    near = tuple(x[:, : row.near_length].clone() for x in (row._keys, row._values))
+    output = row.attend(sequence.query[:, :, first:], scoring)
+    return Block(sequence.query[:, :, first:], near, closed_of(config, row, opened), first, output)
+
+
+def closed_of(config: HGAConfig, row: Row, opened: dict) -> ClosedChunks | None:
+    if not row.chunks:
+        return None
+    summaries = row._archive.summaries
+    keys, values, groups = (
+        None if x._data is None else Rows(x._data[:, : x.length], None if x._scale is None else x._scale[:, : x.length])
+        for x in (summaries.node_keys, summaries.node_values, summaries.group_keys)
+    )
+    return ClosedChunks(opened["store"].read(row._archive.chunks)[0], keys, values, groups)
+
+
+def route(function, config: HGAConfig, block: Block, softcap: float | None):
+    frequencies = FREQUENCIES if config.summary == "mixed_rope" else None
+    return function(config, block.query, *block.near, block.closed, block.first, 0.25, softcap, frequencies)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    ("first", "last", "softcap"), [(0, 300, None), (150, 420, 3.0), (333, 334, None), (0, 9, None)]
+)
+def test_reference_is_a_row(name, first, last, softcap):
+    config = CONFIGS[name]
+    block = take_block(config, first, last, softcap)
+    output = route(prefill_routed.attend_prefill_routed, config, block, softcap)
+    torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)
+
+
+def test_refusals():
+    block = take_block(SMALL, 150, 420, None)
+    with pytest.raises(ValueError, match="near tokens"):
+        prefill_routed.attend_prefill_routed(SMALL, block.query, *block.near, block.closed, 151, 0.25)
+    with pytest.raises(ValueError, match="0 closed chunks"):
+        prefill_routed.attend_prefill_routed(SMALL, block.query, *block.near, None, 150, 0.25)
