@@ -16,6 +16,10 @@ from hga.ops import prefill_routed
 from hga.ops.precision import Rows
 from hga.ops.prefill_routed import ClosedChunks
 
+kernels = pytest.importorskip("hga.ops.kernels.prefill_routed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
 CONFIGS = {
     "one level": SMALL,
@@ -90,3 +94,33 @@ def test_refusals():
         prefill_routed.attend_prefill_routed(SMALL, block.query, *block.near, block.closed, 151, 0.25)
     with pytest.raises(ValueError, match="0 closed chunks"):
         prefill_routed.attend_prefill_routed(SMALL, block.query, *block.near, None, 150, 0.25)
+
+
+def cast(block: Block, dtype: torch.dtype) -> Block:
+    """The block where kernels run; rounding comes before everything, so that both sides route alike."""
+    closed = block.closed and ClosedChunks(
+        block.closed.records.to(DEVICE, dtype), *(_cast_rows(x, dtype) for x in block.closed[1:])
+    )
+    query, keys, values = (x.to(DEVICE, dtype) for x in (block.query, *block.near))
+    return Block(query, (keys, values), closed, block.first, block.output)
+
+
+def _cast_rows(rows: Rows | None, dtype: torch.dtype) -> Rows | None:
+    if rows is None:
+        return None
+    data = rows.data if rows.scale is not None else rows.data.to(dtype)
+    return Rows(data.to(DEVICE), None if rows.scale is None else rows.scale.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_kernel(name, dtype):
+    config = CONFIGS[name]
+    block = cast(take_block(config, 180, 204, 3.0 if name == "fp8" else None), dtype)
+    softcap = 3.0 if name == "fp8" else None
+    expected = route(prefill_routed.attend_prefill_routed, config, block, softcap)
+    output = route(kernels.attend_prefill_routed, config, block, softcap)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * 4
+    different = ((output.value - expected.value).abs() > tolerance).any(-1)
+    assert different.sum() == 0, f"{int(different.sum())} of {different.numel()}"
+    torch.testing.assert_close(output.logsumexp, expected.logsumexp, rtol=0, atol=tolerance)

@@ -55,6 +55,15 @@ def padded_width(width: int) -> int:
 
 
 @triton.jit
+def load_rows(base, at, column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Rows (N, D) at offsets `at`, padded with zeros to BLOCK_WIDTH."""
+    pointers = base + at[:, None] + column[None, :]
+    if WIDTH == BLOCK_WIDTH:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
 def cap_logits(logits, softcap: tl.constexpr):
     """tanh(logits / softcap) * softcap, as a series where the exponential form would cancel."""
     x = logits / softcap

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.ops.attention import Output
-from hga.ops.kernels.flash import LOG2_E, absorb, choose_launch, dot_logits, finish, padded_width
+from hga.ops.kernels.flash import LOG2_E, absorb, choose_launch, dot_logits, finish, load_rows, padded_width
 from hga.ops.prefill import check_shapes
 
 
@@ -162,8 +162,8 @@ def _attend_kernel(
         token = start + tl.arange(0, KEYS)
         key_at = _token_at(token, key_chunk_stride, key_group_stride, key_stride, CHUNK, GROUP)
         value_at = _token_at(token, value_chunk_stride, value_group_stride, value_stride, CHUNK, GROUP)
-        key = _load_rows(keys, key_at, column, WIDTH, BLOCK_WIDTH)
-        value = _load_rows(values, value_at, column, WIDTH, BLOCK_WIDTH)
+        key = load_rows(keys, key_at, column, WIDTH, BLOCK_WIDTH)
+        value = load_rows(values, value_at, column, WIDTH, BLOCK_WIDTH)
         logits = dot_logits(tile_query, key, scale, SOFTCAP, PRECISION)
         peak, total, output = absorb(logits, value, peak, total, output, PRECISION)
     for start in range(clear, end, KEYS):
@@ -172,8 +172,8 @@ def _attend_kernel(
         token = tl.minimum(token, count - 1)
         key_at = _token_at(token, key_chunk_stride, key_group_stride, key_stride, CHUNK, GROUP)
         value_at = _token_at(token, value_chunk_stride, value_group_stride, value_stride, CHUNK, GROUP)
-        key = _load_rows(keys, key_at, column, WIDTH, BLOCK_WIDTH)
-        value = _load_rows(values, value_at, column, WIDTH, BLOCK_WIDTH)
+        key = load_rows(keys, key_at, column, WIDTH, BLOCK_WIDTH)
+        value = load_rows(values, value_at, column, WIDTH, BLOCK_WIDTH)
         logits = dot_logits(tile_query, key, scale, SOFTCAP, PRECISION)
         visible = seen[None, :]
         if CAUSAL:
@@ -192,12 +192,3 @@ def _token_at(token, chunk_stride, group_stride, stride, CHUNK: tl.constexpr, GR
     chunk = (token // CHUNK).to(tl.int64)
     within = token % CHUNK
     return chunk * chunk_stride + (within // GROUP) * group_stride + (within % GROUP) * stride
-
-
-@triton.jit
-def _load_rows(base, at, column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows (N, D) at offsets `at`, padded with zeros to BLOCK_WIDTH."""
-    pointers = base + at[:, None] + column[None, :]
-    if WIDTH == BLOCK_WIDTH:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
