@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
 
+_BLOCKS_AT_ONCE = 16
 _SELECTED_AT_ONCE = 1024
 _MARKED_AT_ONCE = 8192
 
@@ -70,7 +71,8 @@ class Strips:
     def positions(self) -> Tensor:
         """The first position of each strip (S,)."""
         size = self.constants["QUERIES"]
-        return (torch.arange(self.count, device=self.query.device) + self.first // size) * size
+        positions: Tensor = (torch.arange(self.count, device=self.query.device) + self.first // size) * size
+        return positions
 
     @property
     def geometry(self) -> tuple[int, ...]:
@@ -142,7 +144,7 @@ def choose_units(
         b = min(stop - start, a + step)
         for pending, columns in ((True, pending_width), (False, width - pending_width)):
             if columns:
-                _mass_kernel[(b - a, triton.cdiv(columns, constants["KEYS"]), heads)](
+                _mass_kernel[(b - a, triton.cdiv(columns, _BLOCKS_AT_ONCE * constants["KEYS"]), heads)](
                     strips.query,
                     *unit,
                     *members(a, b),
@@ -154,6 +156,7 @@ def choose_units(
                     closed_before,
                     *strips.geometry,
                     PENDING=pending,
+                    SPAN=_BLOCKS_AT_ONCE,
                     **flags,
                 )
         # A query a program where they run side by side; all at once where they are interpreted.
@@ -434,6 +437,7 @@ def _mass_kernel(
     query_stride,
     scale,
     PENDING: tl.constexpr,
+    SPAN: tl.constexpr,
     SINK: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -454,54 +458,59 @@ def _mass_kernel(
     BLOCK_WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Attention mass of one block of candidates, summed over the heads of a strip; -1 where a query may not choose."""
+    """Attention mass of some blocks of candidates, summed over a strip's heads; -1 where a query may not choose."""
     strip = tl.program_id(0)
     head = tl.program_id(2)
     line = strip.to(tl.int64) * tl.num_programs(2) + head
-    index = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    _lane, position = place_rows(strip_first + strip, first, QUERIES, PADDED)
+    tile_query, real, _ = load_query(
+        query, head, position, first, tokens, query_head_stride, query_repeat_stride, query_stride,
+        SPLIT, REPEATS, QUERIES, PADDED, WIDTH, BLOCK_WIDTH,
+    )  # fmt: skip
+    origin = tl.load(logsumexp + line * QUERIES * PADDED + tl.arange(0, QUERIES * PADDED))
+    lane = tl.arange(0, QUERIES)
+    query_position = (first // QUERIES + strip_first + strip) * QUERIES + lane
+    queried = (query_position >= first) & (query_position < first + tokens)
+    mass_rows = mass + (line * QUERIES + lane)[:, None] * mass_width
+    kv_head = (head // SPLIT).to(tl.int64)
     count = tl.load(counts + line)
     if PENDING:
         count = PENDING_WIDTH
-    if tl.program_id(1) * KEYS < count:
-        _lane, position = place_rows(strip_first + strip, first, QUERIES, PADDED)
-        tile_query, real, _ = load_query(
-            query, head, position, first, tokens, query_head_stride, query_repeat_stride, query_stride,
-            SPLIT, REPEATS, QUERIES, PADDED, WIDTH, BLOCK_WIDTH,
-        )  # fmt: skip
-        kv_head = (head // SPLIT).to(tl.int64)
-        query_lane = tl.arange(0, QUERIES)
-        query_position = (first // QUERIES + strip_first + strip) * QUERIES + query_lane
-        allowed = (query_position >= first) & (query_position < first + tokens)
+        closed = count_closed(tl.min(position, 0), SINK, WINDOW, CHUNK, TILE)
+        pending = count_pending(query_position, closed, SINK, WINDOW, CHUNK, GROUP)
+        skipped = (closed - closed_before) * (CHUNK // GROUP)
+        near_keys += kv_head * near_held * WIDTH
+        near_rest += kv_head * near_held * WIDTH
+    else:
+        mass_rows += PENDING_WIDTH
+        keys += kv_head * key_head_stride
+        scales += kv_head * scale_head_stride
+        words += line * words_width
+        listed += line * words_width
+    begin = tl.program_id(1) * (SPAN * KEYS)
+    for start in range(begin, tl.minimum(begin + SPAN * KEYS, count), KEYS):
+        index = start + tl.arange(0, KEYS)
         if PENDING:
-            closed = count_closed(tl.min(position, 0), SINK, WINDOW, CHUNK, TILE)
-            near_at = kv_head * near_held * WIDTH
             logits = pending_logits(
-                tile_query, near_keys + near_at, near_rest + near_at,
-                (closed - closed_before) * (CHUNK // GROUP) + index, near_held, scale,
+                tile_query, near_keys, near_rest, skipped + index, near_held, scale,
                 REST, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH,
             )  # fmt: skip
-            pending = count_pending(query_position, closed, SINK, WINDOW, CHUNK, GROUP)
-            may = allowed[:, None] & (index[None, :] < pending[:, None])
-            column = index
+            may = queried[:, None] & (index[None, :] < pending[:, None])
         else:
-            unit, node = find_unit(index, count, listed + line * words_width, LISTED, PER_NODE)
+            unit, node = find_unit(index, count, listed, LISTED, PER_NODE)
             logits = unit_logits(
-                tile_query, keys + kv_head * key_head_stride, scales + kv_head * scale_head_stride, unit, key_stride,
-                scale, SCALED, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH,
-            )  # fmt: skip
-            may = allowed[:, None] & (index[None, :] < count)
+                tile_query, keys, scales, unit, key_stride, scale, SCALED, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH
+            )
+            may = queried[:, None] & (index[None, :] < count)
             if LISTED:
-                may = may & has_bit(tl.load(words + line * words_width + node), query_lane, QUERIES)
-            column = PENDING_WIDTH + index
-        origin = tl.load(logsumexp + line * QUERIES * PADDED + tl.arange(0, QUERIES * PADDED))
-        # A row without candidates has -inf here, and is not allowed any: whatever it yields is dropped below.
+                may = may & has_bit(tl.load(words + node), lane, QUERIES)
+        # A row without candidates has a log-sum-exp of -inf, and may choose nothing: what it yields is dropped.
         share = tl.exp2(logits - origin[:, None])
         if PADDED > REPEATS:
             share = tl.where(real[:, None], share, 0.0)
         if PADDED > 1:
             share = tl.sum(tl.reshape(share, (QUERIES, PADDED, KEYS)), 1)
-        at = (line * QUERIES + query_lane)[:, None] * mass_width + column[None, :]
-        tl.store(mass + at, tl.where(may, share, -1.0), mask=column[None, :] < mass_width)
+        tl.store(mass_rows + index[None, :], tl.where(may, share, -1.0))
 
 
 @triton.jit

@@ -422,7 +422,7 @@ def _attend_kernel(
         mean_rest += kv_head * near_held * WIDTH
         mean_values += kv_head * near_held * WIDTH
         skipped = (closed - closed_before) * (CHUNK // GROUP)
-        for start in range(0, tl.max(pending, 0), KEYS):
+        for start in tl.range(0, tl.max(pending, 0), KEYS, num_stages=1):  # few, and three loads each
             group = start + tl.arange(0, KEYS)
             logits = pending_logits(
                 tile_query, mean_keys, mean_rest, skipped + group, near_held, scale,
