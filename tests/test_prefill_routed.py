@@ -124,3 +124,74 @@ def test_kernel(name, dtype):
     different = ((output.value - expected.value).abs() > tolerance).any(-1)
     assert different.sum() == 0, f"{int(different.sum())} of {different.numel()}"
     torch.testing.assert_close(output.logsumexp, expected.logsumexp, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["one level", "per head, two levels"])
+def test_batches_do_not_change_the_result(name, monkeypatch):
+    """Heads, strips and masses that go by a few at a time: what long contexts run into."""
+    config = CONFIGS[name].replace(summary_dtype="fp8")
+    block = cast(take_block(config, 180, 230, None), torch.float32)
+    expected = route(prefill_routed.attend_prefill_routed, config, block, None)
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
+    output = route(kernels.attend_prefill_routed, config, block, None)
+    torch.testing.assert_close(output.value, expected.value, rtol=0, atol=1e-5)
+
+
+def test_choices_are_the_best_and_the_lowest():
+    """The kernels' own selection, with masses that tie, queries that may choose little and queries that may nothing."""
+    choice = pytest.importorskip("hga.ops.kernels.prefill_choice")
+    width, queries = 1500, 16
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(1, 1, queries, width, generator=generator)
+    mass[:, :, :4] = (mass[:, :, :4] * 8).round() / 8
+    mass[:, :, 4:6] = torch.where(mass[:, :, 4:6] < 0.99, 0.0, mass[:, :, 4:6])
+    mass[:, :, 6, 90:], mass[:, :, 7], mass[:, :, 8:] = -1.0, -1.0, torch.exp(-100 * mass[:, :, 8:])
+    mass = mass.to(DEVICE)
+    counts = torch.full((1, 1), width - 64, dtype=torch.int32, device=DEVICE)
+    for keep in (0, 1, 100, width):
+        limits, ties = torch.empty(2, 1, 1, queries, dtype=torch.int32, device=DEVICE)
+        words = torch.empty(1, 1, width, dtype=torch.int64, device=DEVICE)
+        listed, found = torch.empty_like(words, dtype=torch.int32), torch.empty_like(counts)
+        lines = 1 if DEVICE.type == "cuda" else queries
+        choice._limit_kernel[(queries // lines, 1)](
+            mass, counts, limits, ties, width, 64, keep, QUERIES=queries, LINES=lines, BLOCK=1024
+        )
+        choice._mark_kernel[(1,)](
+            mass, counts, limits, ties, words, listed, found, width, 64, QUERIES=queries, BLOCK=512
+        )
+        order = torch.sort(mass[0, 0], dim=-1, descending=True, stable=True).indices[:, :keep]
+        expected = torch.zeros(queries, width, dtype=torch.bool, device=DEVICE).scatter_(1, order, True)
+        expected &= mass[0, 0] >= 0
+        lanes = torch.arange(queries, device=DEVICE)[:, None]
+        torch.testing.assert_close((words[0] >> lanes) & 1 == 1, expected)
+        archive = expected[:, 64:].any(0).nonzero().flatten()
+        assert listed[0, 0, : int(found)].tolist() == archive.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["balanced", "lean", "fidelity", "contiguous"])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_kernel_at_size(preset, width):
+    """bfloat16, R = 8, thousands of candidates: near ties may fall to the other side, in a thousandth of the rows."""
+    if DEVICE.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    config = HGAConfig.preset(preset, prefill="routed", budget_tokens=512)
+    first, last = 8192, 8192 + 300
+    chunks = prefill_routed.closed_chunks(config, first)
+    generator = torch.Generator().manual_seed(0)
+    keys, values, query = (
+        torch.randn(*shape, width, generator=generator).to(DEVICE, torch.bfloat16)
+        for shape in ((2, last), (2, last), (2, 8, last - first))
+    )
+    row, opened = new_row(config)
+    row.append(keys.cpu(), values.cpu())
+    row._close(prefill_routed.closed_chunks(config, last))
+    closed = cast(Block(query, (keys, values), closed_of(config, row, opened), first, query), torch.bfloat16).closed
+    sink = config.sink_tokens
+    skipped = sink + chunks * config.chunk_size
+    near = tuple(torch.cat([x[:, :sink], x[:, skipped:]], 1) for x in (keys, values))
+    block = Block(2 * query, near, closed, first, query)
+    expected = route(prefill_routed.attend_prefill_routed, config, block, None)
+    output = route(kernels.attend_prefill_routed, config, block, None)
+    different = ((output.value - expected.value).abs() > 8 * torch.finfo(torch.bfloat16).eps).any(-1)
+    assert different.float().mean() <= 0.001
