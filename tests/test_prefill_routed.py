@@ -126,6 +126,16 @@ def test_kernel(name, dtype):
     torch.testing.assert_close(output.logsumexp, expected.logsumexp, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 19), (59, 66), (290, 400)])
+@pytest.mark.parametrize("name", ["one level", "two levels"])
+def test_kernel_where_chunks_close(name, first, last):
+    """Blocks before anything closes, at the first closing, and over several of them."""
+    block = cast(take_block(CONFIGS[name], first, last, None), torch.float32)
+    expected = route(prefill_routed.attend_prefill_routed, CONFIGS[name], block, None)
+    output = route(kernels.attend_prefill_routed, CONFIGS[name], block, None)
+    torch.testing.assert_close(output.value, expected.value, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["one level", "per head, two levels"])
 def test_batches_do_not_change_the_result(name, monkeypatch):
     """Heads, strips and masses that go by a few at a time: what long contexts run into."""

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
 
+CHANGING = ("strip_first", "closed_before", "first", "tokens", "near_held", "near_tokens")
+"""Arguments that differ from block to block: a kernel specialised on them would be compiled again and again."""
 _BLOCKS_AT_ONCE = 16
-_SELECTED_AT_ONCE = 1024
+_SELECTED_AT_ONCE = 2048
 _MARKED_AT_ONCE = 8192
 
 
@@ -172,6 +174,7 @@ def choose_units(
             QUERIES=queries,
             LINES=lines,
             BLOCK=_SELECTED_AT_ONCE,
+            num_warps=8,
         )
         _mark_kernel[((b - a) * heads,)](
             mass,
@@ -314,7 +317,7 @@ def unit_logits(
     return logits * LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _logsumexp_kernel(
     query,
     near_keys,
@@ -410,7 +413,7 @@ def _add(logits, peak, total):
     return higher, total * tl.exp2(peak - origin) + tl.sum(tl.exp2(logits - origin[:, None]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _mass_kernel(
     query,
     near_keys,
@@ -513,7 +516,7 @@ def _mass_kernel(
         tl.store(mass_rows + index[None, :], tl.where(may, share, -1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("keep",))
 def _limit_kernel(
     mass,
     counts,

@@ -28,6 +28,7 @@ from hga.ops.kernels.flash import (
     padded_width,
 )
 from hga.ops.kernels.prefill_choice import (
+    CHANGING,
     Chosen,
     Means,
     Strips,
@@ -300,7 +301,7 @@ def _decoded_bytes(closed: ClosedChunks, dtype: torch.dtype) -> int:
     return sum(x.data.numel() * dtype.itemsize for x in closed[1:] if x is not None and x.data.dtype != dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _attend_kernel(
     query,
     near_keys,
