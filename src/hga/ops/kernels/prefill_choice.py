@@ -1,85 +1,34 @@
 """Triton kernels that choose what each query of a block opens: the largest attention mass over summaries.
 
-Queries come in strips: at most 64 consecutive positions of one tile, whose heads fill the rows of a matrix product.
-A strip's choices are kept as words, one a candidate, with a bit for each query, and as the list of the candidates that
-any query chose. With "shared" the R heads of a KV head choose together; with "per_head" each query head has strips
-of its own. Candidates are columns: first the pending groups, in PENDING_WIDTH columns, then the archive's units.
+Log-sum-exps first, then masses, summed over heads, then the mass from which each query chooses, then the choices.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
+from hga.ops.kernels.candidates import (
+    Chosen,
+    Means,
+    Units,
+    find_unit,
+    has_bit,
+    pending_logits,
+    unit_arguments,
+    unit_logits,
+)
+from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, load_query, place_rows
 
-CHANGING = ("strip_first", "closed_before", "first", "tokens", "near_held", "near_tokens")
-"""Arguments that differ from block to block: a kernel specialised on them would be compiled again and again."""
 _BLOCKS_AT_ONCE = 16
 _SELECTED_AT_ONCE = 2048
 _MARKED_AT_ONCE = 8192
-
-
-class Means(NamedTuple):
-    """Means by position of all near groups (Hkv, m, D). Keys are `keys + keys_rest`: 16 bits alone would round them."""
-
-    keys: Tensor
-    keys_rest: Tensor | None
-    values: Tensor
-
-
-class Units(NamedTuple):
-    """Key summaries (Hkv, n, D) in the query's type, and the float32 scale (Hkv, n) of each where they carry one."""
-
-    keys: Tensor
-    scales: Tensor | None
-
-
-class Chosen(NamedTuple):
-    """Of strips (S) and heads (H): words int64 (S, H, W), listed archive columns int32 (S, H, W), how many (S, H)."""
-
-    words: Tensor
-    listed: Tensor
-    counts: Tensor
-
-    def take(self, start: int, stop: int) -> Chosen:
-        """Strips [start, stop)."""
-        return Chosen(*(x[start:stop] for x in self))
-
-
-@dataclass(frozen=True)
-class Strips:
-    """The strips of a block, and what every kernel is told of it."""
-
-    query: Tensor
-    """(Hkv, R, T, D)"""
-    heads: int
-    """Heads that choose: Hkv, or Hkv R with "per_head"."""
-    first: int
-    """The block's first position."""
-    count: int
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    """Warps and stages of the kernels with matrix products."""
-
-    @property
-    def positions(self) -> Tensor:
-        """The first position of each strip (S,)."""
-        size = self.constants["QUERIES"]
-        positions: Tensor = (torch.arange(self.count, device=self.query.device) + self.first // size) * size
-        return positions
-
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        """The block's first position and tokens, and the query's strides."""
-        return (self.first, self.query.shape[2], *self.query.stride()[:3])
 
 
 def choose_units(
@@ -111,7 +60,7 @@ def choose_units(
         torch.empty(shape, dtype=torch.int32, device=device),
     )
     logsumexp = torch.empty((*shape, rows), dtype=torch.float32, device=device)
-    unit = _unit_arguments(units, means, strips.query)
+    unit = unit_arguments(units, means, strips.query)
     flags = {
         **constants,
         "PENDING_WIDTH": pending_width,
@@ -189,132 +138,6 @@ def choose_units(
             num_warps=8,
         )
     return chosen
-
-
-def _unit_arguments(units: Units, means: Means | None, like: Tensor) -> tuple[Any, ...]:
-    """Pointers and strides of the candidates' keys; `like` stands in for what is not there."""
-    keys = like if means is None else means.keys
-    rest = keys if means is None or means.keys_rest is None else means.keys_rest
-    scales = like if units.scales is None else units.scales
-    return (keys, rest, keys.shape[1], units.keys, scales, *units.keys.stride()[:2], scales.stride(0))
-
-
-@triton.jit
-def place_rows(strip, first, QUERIES: tl.constexpr, PADDED: tl.constexpr):
-    """Of each row of a strip: which of its queries, and at which position."""
-    lane = tl.arange(0, QUERIES * PADDED) // PADDED
-    return lane, (first // QUERIES + strip) * QUERIES + lane
-
-
-@triton.jit
-def count_closed(position, SINK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Chunks that count as closed for the tile of a position."""
-    return tl.maximum(position // TILE * TILE - WINDOW - SINK, 0) // CHUNK
-
-
-@triton.jit
-def count_pending(position, closed, SINK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr):
-    """Groups by position, behind the archive, that the query at a position may open."""
-    return (tl.maximum(position - closed * CHUNK - WINDOW + 1 - SINK, 0) + GROUP - 1) // GROUP
-
-
-@triton.jit
-def load_query(
-    query,
-    head,
-    position,
-    first,
-    tokens,
-    head_stride,
-    repeat_stride,
-    stride,
-    SPLIT: tl.constexpr,
-    REPEATS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """The queries (rows, D) of a strip, whether each row is a query of the block, and its place in an output."""
-    repeat = head % SPLIT + tl.arange(0, QUERIES * PADDED) % PADDED
-    real = (position >= first) & (position < first + tokens)
-    if PADDED > REPEATS:
-        real = real & (repeat < REPEATS)
-    place = tl.minimum(tl.maximum(position - first, 0), tokens - 1)
-    repeat = tl.minimum(repeat, SPLIT * REPEATS - 1)
-    kv_head = (head // SPLIT).to(tl.int64)
-    at = kv_head * head_stride + repeat.to(tl.int64) * repeat_stride + place.to(tl.int64) * stride
-    rows = load_rows(query, at, tl.arange(0, BLOCK_WIDTH), WIDTH, BLOCK_WIDTH)
-    return rows, real, (kv_head * SPLIT * REPEATS + repeat) * tokens + place
-
-
-@triton.jit
-def has_bit(words, lane, QUERIES: tl.constexpr):
-    """Whether queries (M,) chose the candidates of words (N,): (M, N)."""
-    if QUERIES <= 32:
-        words = words.to(tl.int32)
-    return ((words[None, :] >> lane[:, None].to(words.dtype)) & 1) != 0
-
-
-@triton.jit
-def pending_logits(
-    query,
-    keys,
-    keys_rest,
-    group,
-    held,
-    scale,
-    REST: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """Logits, in powers of two, of near groups (N,) counted as the means are; `held` means there are."""
-    column = tl.arange(0, BLOCK_WIDTH)
-    at = tl.minimum(group, held - 1).to(tl.int64) * WIDTH
-    logits = tl.dot(query, tl.trans(load_rows(keys, at, column, WIDTH, BLOCK_WIDTH)), input_precision=PRECISION)
-    if REST:
-        rest = load_rows(keys_rest, at, column, WIDTH, BLOCK_WIDTH)
-        logits = tl.dot(query, tl.trans(rest), logits, input_precision=PRECISION)
-    logits = logits * scale
-    if SOFTCAP > 0:
-        logits = cap_logits(logits, SOFTCAP)
-    return logits * LOG2_E
-
-
-@triton.jit
-def find_unit(index, count, listed, LISTED: tl.constexpr, PER_NODE: tl.constexpr):
-    """The unit of each archive column, and the node that it is in. Columns behind the last stand for it."""
-    index = tl.minimum(index, count - 1)
-    if LISTED:
-        node = tl.load(listed + index // PER_NODE)
-        return node * PER_NODE + index % PER_NODE, node
-    return index, index // PER_NODE
-
-
-@triton.jit
-def unit_logits(
-    query,
-    keys,
-    scales,
-    unit,
-    stride,
-    scale,
-    SCALED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """Logits, in powers of two, of archived units (N,)."""
-    rows = load_rows(keys, unit.to(tl.int64) * stride, tl.arange(0, BLOCK_WIDTH), WIDTH, BLOCK_WIDTH)
-    logits = tl.dot(query, tl.trans(rows), input_precision=PRECISION) * scale
-    if SCALED:
-        logits = logits * tl.load(scales + unit)[None, :]
-    if SOFTCAP > 0:
-        logits = cap_logits(logits, SOFTCAP)
-    return logits * LOG2_E
 
 
 @triton.jit(do_not_specialize=CHANGING)

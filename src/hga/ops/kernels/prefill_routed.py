@@ -1,6 +1,6 @@
 """Triton kernels of routed prefill; `hga.ops.prefill_routed` is the reference and says what the function does.
 
-A strip of queries (see `prefill_choice`) attends densely, with a mask, to the union of the groups that its queries
+A strip of queries (see `strips`) attends densely, with a mask, to the union of the groups that its queries
 opened. Neighbouring queries open much the same groups, so the union is read a few times less often than each query's
 own groups would be, and its products fill the matrix units, which the R heads of one query alone would not.
 """
@@ -19,34 +19,23 @@ from torch import Tensor
 
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Output
-from hga.ops.kernels.flash import (
-    absorb,
-    choose_launch,
-    dot_logits,
-    finish,
-    load_rows,
-    padded_width,
-)
-from hga.ops.kernels.prefill_choice import (
-    CHANGING,
+from hga.ops.kernels.candidates import (
     Chosen,
     Means,
-    Strips,
     Units,
-    choose_units,
-    count_closed,
-    count_pending,
+    decode_summaries,
     find_unit,
     has_bit,
-    load_query,
+    mean_groups,
     pending_logits,
-    place_rows,
     unit_logits,
 )
-from hga.ops.precision import Rows, decode_rows
+from hga.ops.kernels.flash import absorb, dot_logits, finish, load_rows
+from hga.ops.kernels.prefill_choice import choose_units
+from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, cut_strips, load_query, place_rows
+from hga.ops.precision import Rows
 from hga.ops.prefill import nothing_attended
 from hga.ops.prefill_routed import ClosedChunks, check_block, closed_chunks
-from hga.ops.summaries import mean_rows, summarise_keys
 
 SCRATCH_BYTES = 256 << 20
 """Scratch of each kind held at once (decoded summaries; masses; choices): heads and strips go by in batches."""
@@ -104,12 +93,12 @@ def _attend_heads(
     query, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, near_keys, near_values)
     )
-    strips = _cut_strips(config, query, first, scoring)
+    strips = cut_strips(config, query, first, scoring)
     constants = strips.constants
-    means = _mean_groups(config, near_keys, near_values, inverse_frequencies)
+    means = mean_groups(config, near_keys, near_values, inverse_frequencies)
     end = first + query.shape[2]
     chunks = closed_chunks(config, end - 1)
-    nodes, groups, node_values = _decode(config, closed, chunks, query)
+    nodes, groups, node_values = decode_summaries(config, closed, chunks, query)
     closed_at = (strips.positions // TILE_TOKENS * TILE_TOKENS - config.window_tokens - config.sink_tokens).clamp(min=0)
     closed_at = (closed_at // config.chunk_size).to(torch.int32)[:, None].expand(-1, strips.heads)  # (S, H)
     per_node = config.node_size // config.group_size
@@ -214,81 +203,6 @@ def _attend_strips(
         SCALED=groups.scales is not None,
         REST=means.keys_rest is not None,
     )
-
-
-def _cut_strips(config: HGAConfig, query: Tensor, first: int, scoring: dict[str, Any]) -> Strips:
-    """Strips of as many positions as fill a tile's rows with their heads."""
-    kv_heads, repeats, tokens, width = query.shape
-    launch = choose_launch(width, query.dtype, query.device)
-    shared = config.selection == "shared"
-    padded = 1 << (repeats - 1).bit_length() if shared else 1
-    queries = min(TILE_TOKENS, launch.rows // padded)
-    if not queries:
-        raise ValueError(f"{repeats} query heads per KV head; the kernels serve at most {launch.rows}: use PyTorch")
-    constants = {
-        **scoring,
-        "SINK": config.sink_tokens,
-        "WINDOW": config.window_tokens,
-        "CHUNK": config.chunk_size,
-        "GROUP": config.group_size,
-        "TILE": TILE_TOKENS,
-        "PENDING_WIDTH": -(-(config.chunk_size + TILE_TOKENS) // (config.group_size * launch.keys)) * launch.keys,
-        "SPLIT": 1 if shared else repeats,
-        "REPEATS": repeats if shared else 1,
-        "QUERIES": queries,
-        "PADDED": padded,
-        "PRECISION": "ieee",
-        "WIDTH": width,
-        "BLOCK_WIDTH": padded_width(width),
-        "KEYS": launch.keys,
-    }
-    heads = kv_heads if shared else kv_heads * repeats
-    options = {"num_warps": launch.warps if queries * padded == launch.rows else 4, "num_stages": launch.stages}
-    return Strips(query, heads, first, (first + tokens - 1) // queries - first // queries + 1, constants, options)
-
-
-def _mean_groups(config: HGAConfig, keys: Tensor, values: Tensor, inverse_frequencies: Tensor | None) -> Means:
-    """Means of all whole groups behind the sink, by position; a 16-bit type holds a key mean as a sum of two."""
-    size, sink = config.group_size, config.sink_tokens
-    whole = max(0, keys.shape[1] - sink) // size * size
-    if not whole:
-        nothing = keys.new_zeros(keys.shape[0], 1, keys.shape[2])  # no query reaches a group yet
-        return Means(nothing, None, nothing)
-    exact = summarise_keys(keys[:, sink : sink + whole].float(), size, inverse_frequencies)
-    rounded = exact.to(keys.dtype)
-    rest = None if keys.dtype == torch.float32 else (exact - rounded.float()).to(keys.dtype)
-    return Means(rounded, rest, mean_rows(values[:, sink : sink + whole].float(), size).to(keys.dtype))
-
-
-def _decode(config: HGAConfig, closed: ClosedChunks | None, chunks: int, query: Tensor) -> tuple[Units, Units, Tensor]:
-    """Summaries in the query's type: nodes, groups, and the nodes' values. Decoded once for all strips."""
-    if closed is None or not chunks:
-        nothing = query.new_zeros(query.shape[0], 1, query.shape[3])
-        return Units(nothing, None), Units(nothing, None), nothing
-    count = chunks * config.chunk_size // config.node_size
-    nodes = _decode_keys(closed.node_keys, count, query.dtype)
-    groups, values = nodes, nodes.keys
-    if config.two_level:
-        if closed.group_keys is None:
-            raise ValueError("group_keys=None with two-level routing; pass the summaries of the groups too")
-        groups = _decode_keys(closed.group_keys, count * config.node_size // config.group_size, query.dtype)
-    if config.far_field:
-        if closed.node_values is None:
-            raise ValueError("node_values=None with far_field=True; pass the nodes' mean values too")
-        values = decode_rows(_take(closed.node_values, count), query.dtype)
-    return nodes, groups, values
-
-
-def _decode_keys(rows: Rows, count: int, dtype: torch.dtype) -> Units:
-    """Key summaries in the query's type. fp8 numbers fit any type exactly; their scales stay apart, unrounded."""
-    data, scale = _take(rows, count)
-    if data.dtype.itemsize > 1 and data.dtype != dtype != torch.float32:
-        raise ValueError(f"summaries of {data.dtype} with queries of {dtype}: the PyTorch path serves them")
-    return Units(data.to(dtype), None if scale is None else scale[..., 0].float().contiguous())
-
-
-def _take(rows: Rows, count: int) -> Rows:
-    return Rows(rows.data[:, :count], None if rows.scale is None else rows.scale[:, :count])
 
 
 def _take_heads(closed: ClosedChunks, heads: slice) -> ClosedChunks:
