@@ -44,9 +44,13 @@ class Chosen(NamedTuple):
     listed: Tensor
     counts: Tensor
 
-    def take(self, start: int, stop: int) -> Chosen:
-        """Strips [start, stop)."""
-        return Chosen(*(x[start:stop] for x in self))
+
+class Archived(NamedTuple):
+    """Summaries in the query's type: nodes, groups (the same with one level), and the nodes' values (Hkv, n, D)."""
+
+    nodes: Units
+    groups: Units
+    node_values: Tensor
 
 
 def mean_groups(config: HGAConfig, keys: Tensor, values: Tensor, inverse_frequencies: Tensor | None) -> Means:
@@ -62,13 +66,11 @@ def mean_groups(config: HGAConfig, keys: Tensor, values: Tensor, inverse_frequen
     return Means(rounded, rest, mean_rows(values[:, sink : sink + whole].float(), size).to(keys.dtype))
 
 
-def decode_summaries(
-    config: HGAConfig, closed: ClosedChunks | None, chunks: int, query: Tensor
-) -> tuple[Units, Units, Tensor]:
-    """Summaries in the query's type: nodes, groups, and the nodes' values. Decoded once for all strips."""
+def decode_summaries(config: HGAConfig, closed: ClosedChunks | None, chunks: int, query: Tensor) -> Archived:
+    """The summaries of `chunks` chunks, decoded once for all strips. ValueError where one is missing or too wide."""
     if closed is None or not chunks:
         nothing = query.new_zeros(query.shape[0], 1, query.shape[3])
-        return Units(nothing, None), Units(nothing, None), nothing
+        return Archived(Units(nothing, None), Units(nothing, None), nothing)
     count = chunks * config.chunk_size // config.node_size
     nodes = _decode_keys(closed.node_keys, count, query.dtype)
     groups, values = nodes, nodes.keys
@@ -80,7 +82,7 @@ def decode_summaries(
         if closed.node_values is None:
             raise ValueError("node_values=None with far_field=True; pass the nodes' mean values too")
         values = decode_rows(_take(closed.node_values, count), query.dtype)
-    return nodes, groups, values
+    return Archived(nodes, groups, values)
 
 
 def _decode_keys(rows: Rows, count: int, dtype: torch.dtype) -> Units:

@@ -39,10 +39,9 @@ def choose_units(
     counts: Tensor,
     width: int,
     keep: int,
-    means: Means | None,
-    within: tuple[Chosen, int] | None,
-    closed_before: int,
     scratch_bytes: int,
+    means: Means | None = None,
+    within: tuple[Chosen, int] | None = None,
 ) -> Chosen:
     """Choose the `keep` best candidates for each query of the strips [start, stop).
 
@@ -83,7 +82,6 @@ def choose_units(
         counts,
         logsumexp,
         start,
-        closed_before,
         *strips.geometry,
         **flags,
     )
@@ -104,7 +102,6 @@ def choose_units(
                     mass,
                     width,
                     start + a,
-                    closed_before,
                     *strips.geometry,
                     PENDING=pending,
                     SPAN=_BLOCKS_AT_ONCE,

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hga.config import TILE_TOKENS, HGAConfig
+from hga.config import HGAConfig
 from hga.ops.attention import Output
 from hga.ops.kernels.candidates import (
+    Archived,
     Chosen,
     Means,
-    Units,
     decode_summaries,
     find_unit,
     has_bit,
@@ -93,43 +93,35 @@ def _attend_heads(
     query, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, near_keys, near_values)
     )
-    strips = cut_strips(config, query, first, scoring)
-    constants = strips.constants
+    strips = cut_strips(config, query, first, closed_before, scoring)
     means = mean_groups(config, near_keys, near_values, inverse_frequencies)
-    end = first + query.shape[2]
-    chunks = closed_chunks(config, end - 1)
-    nodes, groups, node_values = decode_summaries(config, closed, chunks, query)
-    closed_at = (strips.positions // TILE_TOKENS * TILE_TOKENS - config.window_tokens - config.sink_tokens).clamp(min=0)
-    closed_at = (closed_at // config.chunk_size).to(torch.int32)[:, None].expand(-1, strips.heads)  # (S, H)
-    per_node = config.node_size // config.group_size
-    most_nodes = chunks * config.chunk_size // config.node_size
-    most_groups = most_nodes * per_node
+    chunks = closed_chunks(config, first + query.shape[2] - 1)
+    archived = decode_summaries(config, closed, chunks, query)
+    nodes, per_node = chunks * config.chunk_size // config.node_size, config.node_size // config.group_size
+    groups = nodes * per_node
     if config.two_level:
-        opened = constants["QUERIES"] * constants["REPEATS"] * config.candidate_nodes
-        most_groups = min(most_groups, opened * per_node)
-    width = constants["PENDING_WIDTH"] + -(-most_groups // constants["KEYS"]) * constants["KEYS"]
-    node_width = -(-max(1, most_nodes) // constants["KEYS"]) * constants["KEYS"]
-    word_bytes = 12 * strips.heads * (width + (node_width if config.two_level else 0))
+        queries = strips.constants["QUERIES"] * strips.constants["REPEATS"]
+        groups = min(groups, queries * config.candidate_nodes * per_node)
+    keys = strips.constants["KEYS"]
+    node_width = triton.cdiv(max(1, nodes), keys) * keys
+    width = strips.constants["PENDING_WIDTH"] + triton.cdiv(groups, keys) * keys
+    word_bytes = 12 * strips.heads * (width + node_width * config.two_level)
     step = max(1, SCRATCH_BYTES // word_bytes)
     for start in range(0, strips.count, step):
         stop = min(strips.count, start + step)
-        counts = (closed_at[start:stop] * (config.chunk_size // config.node_size)).contiguous()
-        chosen_nodes, within = None, None
-        choose = (strips, start, stop)
+        node_counts = strips.closed[start:stop] * (config.chunk_size // config.node_size)
+        counts, chosen_nodes, within = node_counts, None, None
         if config.two_level:
             chosen_nodes = choose_units(
-                *choose, nodes, counts, node_width, config.candidate_nodes, None, None, closed_before, SCRATCH_BYTES
+                strips, start, stop, archived.nodes, node_counts, node_width, config.candidate_nodes, SCRATCH_BYTES
             )
-            within, node_counts, counts = (chosen_nodes, per_node), counts, chosen_nodes.counts * per_node
-        else:
-            node_counts = counts
-        opened_groups = choose_units(
-            *choose, groups, counts, width, config.routed_groups, means, within, closed_before, SCRATCH_BYTES
+            counts, within = chosen_nodes.counts * per_node, (chosen_nodes, per_node)
+        opened = choose_units(
+            strips, start, stop, archived.groups, counts, width, config.routed_groups, SCRATCH_BYTES, means, within
         )
-        _attend_strips(
-            config, strips, start, stop, near_keys, near_values, closed_before, means, closed, nodes, groups,
-            node_values, opened_groups, chosen_nodes, counts, node_counts, output,
-        )  # fmt: skip
+        near = (near_keys, near_values)
+        choices = (opened, chosen_nodes, counts, node_counts)
+        _attend_strips(config, strips, start, stop, near, means, closed, archived, choices, output)
 
 
 def _attend_strips(
@@ -137,21 +129,17 @@ def _attend_strips(
     strips: Strips,
     start: int,
     stop: int,
-    near_keys: Tensor,
-    near_values: Tensor,
-    closed_before: int,
+    near: tuple[Tensor, Tensor],
     means: Means,
     closed: ClosedChunks | None,
-    nodes: Units,
-    groups: Units,
-    node_values: Tensor,
-    opened: Chosen,
-    chosen_nodes: Chosen | None,
-    counts: Tensor,
-    node_counts: Tensor,
+    archived: Archived,
+    choices: tuple[Chosen, Chosen | None, Tensor, Tensor],
     output: Output,
 ) -> None:
-    """Attend the strips [start, stop) to what they chose."""
+    """Attend the strips [start, stop) to what they chose: groups, nodes, and how many columns there were of each."""
+    near_keys, near_values = near
+    nodes, groups, node_values = archived
+    opened, chosen_nodes, counts, node_counts = choices
     records = near_keys[None, :, :1, None, None].expand(1, -1, 1, 2, 1, -1) if closed is None else closed.records
     record_keys, record_values = (x if x.stride(-1) == 1 else x.contiguous() for x in records.unbind(3))
     listed = chosen_nodes or opened
@@ -191,7 +179,6 @@ def _attend_strips(
         output.value,
         output.logsumexp,
         start,
-        closed_before,
         *strips.geometry,
         **strips.constants,
         **strips.options,

@@ -31,28 +31,25 @@ class Strips:
     """(Hkv, R, T, D)"""
     heads: int
     """Heads that choose: Hkv, or Hkv R with "per_head"."""
+    count: int
     first: int
     """The block's first position."""
-    count: int
+    closed_before: int
+    """Chunks that were closed when the block began."""
+    closed: Tensor
+    """Chunks closed for each strip and head, int32 (S, H)."""
     constants: dict[str, Any]
     options: dict[str, Any]
     """Warps and stages of the kernels with matrix products."""
 
     @property
-    def positions(self) -> Tensor:
-        """The first position of each strip (S,)."""
-        size = self.constants["QUERIES"]
-        positions: Tensor = (torch.arange(self.count, device=self.query.device) + self.first // size) * size
-        return positions
-
-    @property
     def geometry(self) -> tuple[int, ...]:
-        """The block's first position and tokens, and the query's strides."""
-        return (self.first, self.query.shape[2], *self.query.stride()[:3])
+        """What a kernel is told of the block: closed chunks, first position, tokens, and the query's strides."""
+        return (self.closed_before, self.first, self.query.shape[2], *self.query.stride()[:3])
 
 
-def cut_strips(config: HGAConfig, query: Tensor, first: int, scoring: dict[str, Any]) -> Strips:
-    """Strips of as many positions as fill a tile's rows with their heads."""
+def cut_strips(config: HGAConfig, query: Tensor, first: int, closed_before: int, scoring: dict[str, Any]) -> Strips:
+    """Strips of as many positions as fill a tile's rows with their heads. scoring: `scale` and SOFTCAP."""
     kv_heads, repeats, tokens, width = query.shape
     launch = choose_launch(width, query.dtype, query.device)
     shared = config.selection == "shared"
@@ -79,7 +76,11 @@ def cut_strips(config: HGAConfig, query: Tensor, first: int, scoring: dict[str, 
     }
     heads = kv_heads if shared else kv_heads * repeats
     options = {"num_warps": launch.warps if queries * padded == launch.rows else 4, "num_stages": launch.stages}
-    return Strips(query, heads, first, (first + tokens - 1) // queries - first // queries + 1, constants, options)
+    strips = torch.arange(first // queries, (first + tokens - 1) // queries + 1, device=query.device)
+    tile = strips * queries // TILE_TOKENS * TILE_TOKENS
+    closed = (tile - config.window_tokens - config.sink_tokens).clamp(min=0) // config.chunk_size
+    closed = closed.to(torch.int32)[:, None].repeat(1, heads)
+    return Strips(query, heads, len(strips), first, closed_before, closed, constants, options)
 
 
 @triton.jit
