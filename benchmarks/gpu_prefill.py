@@ -5,7 +5,7 @@
 Shape of Qwen3-30B-A3B's layer (32 query heads, 4 KV heads, D 128), bfloat16, random K/V; the archive's records are on
 the device already. Queries are "random" (neighbours open different groups: the worst case) or "drifting" (each is 0.98
 of the one before it). One JSON line a case: milliseconds for the whole prompt, median of `--repeats`. `--profile`
-prints the kernels' times for the last block of each case on stderr.
+prints the kernels' times for the last block of each case on stderr. `--sweep` times launch sizes instead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import hga
+from hga.ops.kernels import flash
 from hga.ops.kernels.prefill import attend_all, attend_causal
 from hga.ops.kernels.prefill_routed import attend_prefill_routed
 from hga.ops.precision import encode_rows, resolve_summary_dtype
@@ -127,6 +128,27 @@ def report(options: argparse.Namespace, context: int, path: str, run: Callable[[
     print(json.dumps(line), flush=True)
 
 
+def sweep(options: argparse.Namespace) -> None:
+    """Times of launch sizes: 8192 queries over 65,536 keys of records, exact, and routed with the first rule."""
+    torch.manual_seed(0)
+    context = 65536 + options.block
+    keys, values = draw(KV_HEADS, context, HEAD_DIM), draw(KV_HEADS, context, HEAD_DIM)
+    config = hga.HGAConfig.preset(options.rules.split(",")[0], prefill="routed")
+    prompt = Prompt(config, draw_queries(context, "drifting"), keys, values)
+    block = (context - options.block, context)
+    for rows in (64, 128):
+        for columns in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (2, 3, 4):
+                    launch = flash.Launch(rows, columns, warps, stages)
+                    flash._HALF[HEAD_DIM] = (launch,)
+                    for path, run in (("exact", prompt.attend_exact), ("routed", prompt.attend_routed)):
+                        try:
+                            report(options, context, path, lambda run=run: run(*block), launch=launch._asdict())
+                        except Exception as error:  # out of shared memory or registers: not a size for this card
+                            print(json.dumps({"path": path, "launch": launch._asdict(), "error": str(error)[:120]}))
+
+
 def profile(run: Callable[[], Any]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
@@ -143,7 +165,11 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
+    if options.sweep:
+        sweep(options)
+        return
     for context in (int(x) for x in options.contexts.split(",")):
         torch.manual_seed(0)
         keys, values = draw(KV_HEADS, context, HEAD_DIM), draw(KV_HEADS, context, HEAD_DIM)
