@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 _HALF = {
     64: (Launch(128, 128, 8, 3), Launch(128, 64, 4, 3), Launch(128, 64, 4, 2)),
     128: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(64, 32, 4, 2)),
-    256: (Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 1)),
+    256: (Launch(128, 32, 8, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 1)),
 }
 _FLOAT = {64: (Launch(64, 32, 8, 1),), 128: (Launch(64, 32, 8, 1),), 256: (Launch(32, 32, 8, 1),)}
 _SMALLEST_SHARED_BYTES = 99 * 1024

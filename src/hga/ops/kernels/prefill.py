@@ -57,7 +57,7 @@ def _launch(
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     value = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     logsumexp = torch.empty((*query.shape[:3], 1), dtype=torch.float32, device=query.device)
-    before = Output(value, logsumexp) if onto is None else Output(*(x.contiguous() for x in onto))
+    before = Output(value, logsumexp) if onto is None else Output(*(x.float().contiguous() for x in onto))
     count = keys.shape[0] * keys.shape[2] * keys.shape[3]
     _attend_kernel[(triton.cdiv(queries * repeats, launch.rows), heads)](
         query,
