@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ from hga.ops.precision import resolve_summary_dtype
 from hga.store import RecordLayout, Store
 
 _STREAMED_CHUNKS = 8
+_STAGED_BYTES = 32 << 20  # of each of the two buffers that records are streamed through
 
 OpenStore = Callable[[RecordLayout], Store]
 
@@ -76,6 +78,45 @@ class Archive:
             keys, values = self._store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
+    def stage(self) -> Tensor:
+        """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks."""
+        records = self._records(len(self.chunks))
+        self._store.stage(self.chunks, records)
+        return records
+
+    def stream_records(self) -> Iterator[Tensor]:
+        """All records, some chunks (n, Hkv, G, 2, g, D) at a time, on a GPU, the next ones copied meanwhile.
+
+        What is yielded is valid until the next but one is asked for, for work on the current stream.
+        """
+        per_piece = max(1, _STAGED_BYTES // self._store.layout.chunk_bytes)
+        pieces = [self.chunks[start : start + per_piece] for start in range(0, len(self.chunks), per_piece)]
+        buffers = [self._records(min(per_piece, len(self.chunks))) for _ in pieces[:2]]
+        current, side = torch.cuda.current_stream(self._device), _staging_stream(self._device)
+        side.wait_stream(current)  # the buffers' memory may still be in use there
+        used: list[torch.cuda.Event] = []
+        ready: list[torch.cuda.Event] = []
+
+        def fill(index: int) -> None:
+            with torch.cuda.stream(side):
+                if index >= 2:
+                    side.wait_event(used[index - 2])
+                self._store.stage(pieces[index], buffers[index % 2][: len(pieces[index])])
+                ready.append(side.record_event())
+
+        for index, piece in enumerate(pieces):
+            if index == 0:
+                fill(0)
+            if index + 1 < len(pieces):
+                fill(index + 1)
+            current.wait_event(ready[index])
+            yield buffers[index % 2][: len(piece)]
+            used.append(current.record_event())
+
+    def _records(self, chunks: int) -> Tensor:
+        layout = self._store.layout
+        return torch.empty((chunks, *layout.shape), dtype=layout.dtype, device=self._device)
+
     def places(self, groups: Tensor) -> Tensor:
         """Where groups, counted from the archive's start, are in the store: (Hkv, U) -> (Hkv, U)."""
         per_chunk = self._config.chunk_size // self._config.group_size
@@ -107,3 +148,9 @@ class Archive:
     def _set_chunks(self, chunks: list[int]) -> None:
         self.chunks = chunks
         self._table = torch.tensor(chunks, dtype=torch.int64, device=self._device)
+
+
+@functools.cache
+def _staging_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which records come from host memory, beside the model's work."""
+    return torch.cuda.Stream(device)

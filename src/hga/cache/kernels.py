@@ -11,6 +11,7 @@ import torch
 from hga.config import HGAConfig
 from hga.ops import closing
 from hga.ops.closing import Closed
+from hga.ops.precision import resolve_summary_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_CHUNK = 512
@@ -22,8 +23,11 @@ def _has_triton() -> bool:
 
 
 def kernels_serve(config: HGAConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether kernels serve K/V of this type on this device: CUDA, 16 or 32 bits, plain mean summaries."""
-    return device.type == "cuda" and _has_triton() and dtype in _DTYPES and config.summary == "mean"
+    """Whether kernels serve K/V of this type on this device: CUDA, 16 or 32 bits, plain mean summaries no wider."""
+    if device.type != "cuda" or not _has_triton() or dtype not in _DTYPES or config.summary != "mean":
+        return False
+    summary_dtype = resolve_summary_dtype(config.summary_dtype, dtype)
+    return dtype == torch.float32 or summary_dtype in (dtype, torch.float8_e4m3fn)
 
 
 def find_closing(config: HGAConfig, dtype: torch.dtype, device: torch.device) -> Callable[..., Closed]:

@@ -52,6 +52,11 @@ class GrowingRows:
         scale = None if self._scale is None else take_rows(self._scale, rows)
         return decode_rows(Rows(take_rows(self._held(), rows), scale), dtype)
 
+    def held(self) -> Rows:
+        """The encoded rows in use (Hkv, n, D)."""
+        data, scale = self.buffers
+        return Rows(data[:, : self.length], None if scale is None else scale[:, : self.length])
+
     @property
     def buffers(self) -> Rows:
         """The whole buffers (Hkv, capacity, D), what is not in use included."""

@@ -82,6 +82,10 @@ class Store(Protocol):
         """
         ...
 
+    def stage(self, ids: list[int], out: Tensor) -> None:
+        """Copy whole chunks to `out` (N, Hkv, G, 2, g, D) on a GPU, in order, on its current stream."""
+        ...
+
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Groups of each KV head: chunk ids and group indices, both (Hkv, U) -> keys, values (Hkv, U, g, D).
 
