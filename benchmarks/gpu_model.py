@@ -156,6 +156,37 @@ def time_routed(model: Any, rule: str, context: int, steps: int) -> dict[str, An
     return row
 
 
+def time_prefill(model: Any, rule: str | None, context: int, prefill: str) -> dict[str, Any]:
+    """Seconds until the first token of a prompt of random tokens, in blocks of 8,192, the second time."""
+    ids = torch.randint(0, 1000, (1, context), device="cuda")
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("grouped_mm")
+    seconds, peak = 0.0, 0
+    for tokens in (16384, context):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        if rule is None:
+            cache = DynamicCache(config=model.config)
+            for start in range(0, tokens, _FILLED_AT_ONCE):
+                block = ids[:, start : start + _FILLED_AT_ONCE][:, : tokens - start]
+                model(block, past_key_values=cache, logits_to_keep=1)
+        else:
+            config = hga.HGAConfig.preset(rule, prefill=prefill, block_tokens=_FILLED_AT_ONCE)
+            cache = hga.HGACache(config=model.config, hga_config=config)
+            with hga.enabled(model, config):
+                model(ids[:, :tokens], past_key_values=cache, logits_to_keep=1)
+        torch.cuda.synchronize()
+        seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated() - before
+        cache.reset()
+        del cache
+        gc.collect()
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("batched_mm")
+    return {"prefill": prefill, "first_token_s": round(seconds, 2), "peak_gpu_bytes": peak}
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +197,7 @@ def main() -> None:
     parser.add_argument(
         "--eager", action="store_true", help="also dense as transformers gives it, at the first context"
     )
+    parser.add_argument("--prefill", type=int, default=0, help="also the time to the first token of this many")
     options = parser.parse_args()
     AttentionInterface.register("attend_all", attend_all)
     AttentionMaskInterface.register("attend_all", lambda *args, **kwargs: None)
@@ -178,6 +210,11 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
 
+    if options.prefill:
+        show("dense", options.prefill, time_prefill(model, None, options.prefill, "dense"))
+        for rule in options.rules.split(","):
+            for prefill in ("exact", "routed"):
+                show(rule, options.prefill, time_prefill(model, rule, options.prefill, prefill))
     if options.eager:
         show("dense, eager", contexts[0], time_dense(model, contexts[0], 20, eager=True))
     for context in contexts:

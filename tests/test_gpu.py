@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import hga
-from hga.cache import layer
+from hga.cache import layer, row
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +51,8 @@ def generate(model: Any, ids: torch.Tensor, config: hga.HGAConfig | None, tokens
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "kernels_serve", lambda *args: False)
+    for module in (layer, row):
+        monkeypatch.setattr(module, "kernels_serve", lambda *args: False)
 
 
 @pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean"])

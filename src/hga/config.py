@@ -69,7 +69,7 @@ class HGAConfig:
     dense_below: int = 0
     dense_layers: tuple[int, ...] = ()
     store: Literal["ram", "device"] = "ram"
-    block_tokens: int = 1024
+    block_tokens: int = 4096
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))

@@ -1,0 +1,61 @@
+"""Rows that read blocks by kernels give what rows that read them through PyTorch give, however a prompt is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hga import HGAConfig
+from hga.cache import archive, row
+from hga.cache.archive import Archive
+from hga.cache.routed import Scoring
+from hga.cache.row import Counters, Row
+from hga.store import MemoryStore
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, REPEATS, WIDTH = 2, 3, 16
+CONFIG = HGAConfig(
+    chunk_size=32, group_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed", dense_below=70
+)
+CONFIGS = {
+    "dense, then routed": CONFIG,
+    "exact": CONFIG.replace(prefill="exact"),
+    "two levels": CONFIG.replace(node_size=8, overselection=2),
+    "per head": CONFIG.replace(selection="per_head"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU there is nothing to stage: the interpreter's kernels read the store's own records."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(Archive, "stage", lambda self: self._store.read(self.chunks)[0])
+        monkeypatch.setattr(
+            Archive,
+            "stream_records",
+            lambda self: (self._store.read(self.chunks[i : i + 2])[0] for i in range(0, len(self.chunks), 2)),
+        )
+    else:
+        monkeypatch.setattr(archive, "_STAGED_BYTES", 2 * HEADS * 32 * 2 * WIDTH * 4)  # several pieces
+
+
+def make_row(config: HGAConfig) -> Row:
+    return Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_by_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, plain = make_row(CONFIGS[name]), make_row(CONFIGS[name])
+    for tokens in (150, 61, 7, 90):
+        keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
+        query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
+        outputs = []
+        for one, serve in ((fast, True), (plain, False)):
+            monkeypatch.setattr(row, "kernels_serve", lambda *args, serve=serve: serve)
+            one.append(keys, values)
+            outputs.append(one.attend(query, Scoring(0.3)))
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    assert fast.chunks == plain.chunks > 0
+    assert fast._counters.attended == pytest.approx(plain._counters.attended)
+    assert fast._counters.queries == plain._counters.queries
