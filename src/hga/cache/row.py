@@ -29,11 +29,17 @@ class Counters:
     fetched: float = 0.0
     working_bytes: int = 0
 
-    def add(self, context: Tensor, attended: Tensor, fetched: Tensor) -> None:
-        """Count queries: context lengths, attended and fetched tokens, each (M,)."""
-        self.queries += context.numel()
-        self.attended += float((attended / context).sum())
-        self.fetched += float((fetched / context).sum())
+    def add(self, context: int, attended: int, fetched: float) -> None:
+        """Count a query: its context length, the tokens attended and the tokens fetched."""
+        self.queries += 1
+        self.attended += attended / context
+        self.fetched += fetched / context
+
+    def add_dense(self, queries: int) -> None:
+        """Count queries that attended to their whole context."""
+        self.queries += queries
+        self.attended += queries
+        self.fetched += queries
 
     def reset(self) -> None:
         """Start the averages again."""
@@ -126,29 +132,31 @@ class Row:
         for keys, values in () if self._archive is None else self._archive.stream():
             part = Part(score(query, keys.to(work), scoring.softcap), values.to(work))
             output = merge(output, attend([part]))
-        context = torch.arange(first + 1, first + query.shape[2] + 1)
-        self._counters.add(context, context, context)
+        self._counters.add_dense(query.shape[2])
         return add_sinks(output, scoring.sinks)
 
     def _attend_routed(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Route and attend queries of one tile, scaled, whose closed chunks are in the archive."""
-        keys, values = (x.to(query.dtype) for x in self._near())
-        near = Near(keys, values, self._index_of(first))
+        place, queries = self._index_of(first), query.shape[2]
+        keys, values = (x[:, : place + queries].to(query.dtype) for x in self._near())
+        near = Near(keys, values, place)
         archive = self._archive if self.chunks else None
         routed = attend_routed(self._config, query, near, archive, scoring, self._inverse_frequencies)
-        self._count(first, query.shape[2], routed.unique_opened, routed.fetched_bytes)
+        self._count(first, queries, routed.unique_opened, routed.fetched_bytes)
         return routed.output
 
     def _count(self, first: int, queries: int, unique: Tensor | None, fetched_bytes: int) -> None:
         """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
         config = self._config
-        index = torch.arange(self._index_of(first), self._index_of(first) + queries)
-        pending = pending_groups(config, index)
-        closed = self.chunks * config.chunk_size // config.group_size
-        opened = (pending + closed).clamp(max=config.routed_groups) * config.group_size
-        always = index + 1 - pending * config.group_size
-        fetched = always + (opened if unique is None else unique.cpu())
-        self._counters.add(torch.arange(first + 1, first + queries + 1), always + opened, fetched)
+        archived = self.chunks * config.chunk_size // config.group_size
+        unions = None if unique is None else unique.tolist()
+        for query in range(queries):
+            index = self._index_of(first + query)
+            pending = pending_groups(config, index)
+            opened = min(pending + archived, config.routed_groups) * config.group_size
+            always = index + 1 - pending * config.group_size
+            fetched = always + (opened if unions is None else unions[query])
+            self._counters.add(first + query + 1, always + opened, fetched)
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
 
     def _dense_block(self, query: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle, pairwise
+
 import torch
 from torch import Tensor
 
@@ -61,14 +63,16 @@ class MemoryStore:
         per_chunk = layout.kv_heads * layout.groups
         edges = torch.tensor([*self._first_id, self._capacity], device=self.device) * per_chunk
         cuts = torch.searchsorted(places, edges.expand(layout.kv_heads, -1).contiguous()).tolist()
-        for index, segment in enumerate(self._segments):
-            rows = segment.view(-1, layout.group_size, layout.head_dim)  # K and V of a group are neighbours
-            for row, cut in enumerate(cuts):
-                first, last = cut[index], cut[index + 1]
-                if first < last:
-                    here = 2 * (places[row, first:last] - self._first_id[index] * per_chunk)
-                    torch.index_select(rows, 0, here, out=keys[row, first:last])
-                    torch.index_select(rows, 0, here + 1, out=values[row, first:last])
+        runs = [last - first for cut in cuts for first, last in pairwise(cut)]  # head by head, segment by segment
+        # K and V of a group are neighbours: rows 2 n and 2 n + 1 of a segment.
+        rows = [segment.view(-1, layout.group_size, layout.head_dim) for segment in self._segments]
+        starts = [2 * per_chunk * first for first in self._first_id]
+        parts = ((2 * places).flatten().split(runs), keys.flatten(0, 1).split(runs), values.flatten(0, 1).split(runs))
+        for source, start, index, k, v in zip(cycle(rows), cycle(starts), *parts, strict=False):
+            if len(index):
+                index = index - start
+                torch.index_select(source, 0, index, out=k)
+                torch.index_select(source[1:], 0, index, out=v)
         return keys, values
 
     def retain(self, ids: list[int]) -> None:
