@@ -6,6 +6,7 @@ row equals the same row alone by construction, and beams share closed chunks thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,8 @@ class Row:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite."""
-        if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        # One NaN or Inf makes the sum so; in float64 finite numbers of a narrower type cannot.
+        if not math.isfinite(keys.sum(dtype=torch.float64) + values.sum(dtype=torch.float64)):
             last = self.length + keys.shape[1] - 1
             raise ValueError(
                 f"keys or values of positions {self.length} to {last} hold NaN or Inf; a summary would spread them "

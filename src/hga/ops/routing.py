@@ -19,7 +19,8 @@ def score(query: Tensor, keys: Tensor, softcap: float | None = None) -> Tensor:
 
 def score_blocks(query: Tensor, blocks: Iterable[Tensor], softcap: float | None = None) -> Tensor:
     """`score` with keys that come in blocks along K."""
-    return torch.cat([score(query, keys, softcap) for keys in blocks], -1)
+    scores = [score(query, keys, softcap) for keys in blocks]
+    return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
 
 
 def bias(barred: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:

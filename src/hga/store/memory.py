@@ -66,13 +66,13 @@ class MemoryStore:
         runs = [last - first for cut in cuts for first, last in pairwise(cut)]  # head by head, segment by segment
         # K and V of a group are neighbours: rows 2 n and 2 n + 1 of a segment.
         rows = [segment.view(-1, layout.group_size, layout.head_dim) for segment in self._segments]
-        starts = [2 * per_chunk * first for first in self._first_id]
+        sources = [(x, x[1:], 2 * per_chunk * first) for x, first in zip(rows, self._first_id, strict=True)]
         parts = ((2 * places).flatten().split(runs), keys.flatten(0, 1).split(runs), values.flatten(0, 1).split(runs))
-        for source, start, index, k, v in zip(cycle(rows), cycle(starts), *parts, strict=False):
-            if len(index):
-                index = index - start
-                torch.index_select(source, 0, index, out=k)
-                torch.index_select(source[1:], 0, index, out=v)
+        for (of_keys, of_values, start), run, k, v in zip(cycle(sources), *parts, strict=False):
+            if len(run):
+                here = run - start
+                torch.index_select(of_keys, 0, here, out=k)
+                torch.index_select(of_values, 0, here, out=v)
         return keys, values
 
     def retain(self, ids: list[int]) -> None:
