@@ -14,12 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hga.cache.families import routed_layers
-from hga.cache.layout import summary_bytes_per_token
+from hga.cache.layout import archive_bytes, archived_chunks, record_layout, summary_bytes_per_token
 from hga.cache.routed import NUMBERS_AT_ONCE
 from hga.cache.summaries import DECODED_AT_ONCE
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.models import load_config
-from hga.store import RecordLayout
 
 GIB = 1 << 30
 _RUNTIME_BYTES = GIB // 2  # a CUDA context with its kernels: measured between 0.3 and 0.6 GiB
@@ -200,25 +199,12 @@ class _Needs:
         return self.row_numbers * self.kv_dtype.itemsize
 
     def archived(self, context: int) -> int:
-        """Tokens in closed chunks: those that end before the window of the last tile's first position."""
-        if context < self.config.dense_positions:
-            return 0
-        tile = context // TILE_TOKENS * TILE_TOKENS
-        closable = tile - self.config.sink_tokens - self.config.window_tokens
-        return max(0, closable) // self.config.chunk_size * self.config.chunk_size
+        """Tokens in closed chunks."""
+        return archived_chunks(self.config, context) * self.config.chunk_size
 
     def store(self, context: int) -> int:
-        config = self.config
-        layout = RecordLayout(
-            kv_heads=self.decoder.num_key_value_heads,
-            groups=config.chunk_size // config.group_size,
-            group_size=config.group_size,
-            head_dim=self.head_dim,
-            dtype=self.kv_dtype,
-            ordered=config.ordering == "content",
-        )
-        chunks = self.archived(context) // config.chunk_size
-        return len(self.routed) * chunks * (layout.chunk_bytes + layout.order_bytes)
+        layout = record_layout(self.config, self.decoder.num_key_value_heads, self.head_dim, self.kv_dtype)
+        return archive_bytes(self.config, layout, len(self.routed), context)
 
     def summaries(self, context: int) -> int:
         token = summary_bytes_per_token(self.config, self.head_dim, self.kv_dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from hga.cache.layout import record_layout
 from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
 from hga.ops.ordering import content_order
@@ -28,18 +29,10 @@ class Archive:
         self._config = config
         self.summaries = Summaries(config, like.dtype, inverse_frequencies)
         self.chunks: list[int] = []
+        self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
         self._device = like.device
-        self._store = open_store(
-            RecordLayout(
-                kv_heads=like.shape[0],
-                groups=config.chunk_size // config.group_size,
-                group_size=config.group_size,
-                head_dim=like.shape[2],
-                dtype=like.dtype,
-                ordered=config.ordering == "content",
-            )
-        )
+        self._store = open_store(record_layout(config, like.shape[0], like.shape[2], like.dtype))
 
     def close(self, keys: Tensor, values: Tensor) -> None:
         """Close whole chunks, (Hkv, n C, D) in position order: order tokens, summarise, hand K/V to the store."""
@@ -59,22 +52,23 @@ class Archive:
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""
         ids = self.chunks[keep:]
-        records, order = self._store.read(ids)
+        records, order = self._store.read(ids, self._device)
         keys, values = self._store.layout.unpack(records)  # (n, Hkv, C, D) in group order
         if order is not None:
             index = order.argsort(-1)[..., None].expand_as(keys)
             keys, values = keys.gather(2, index), values.gather(2, index)
         self._store.release(ids)
         self._set_chunks(self.chunks[:keep])
+        self.reopenings += 1  # chunk numbers may come to mean other tokens
         self.summaries.truncate(keep)
-        keys, values = (x.transpose(0, 1).flatten(1, 2).to(self._device) for x in (keys, values))
+        keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
         return keys, values
 
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All archived K/V, (Hkv, some chunks, D) at a time, in group order."""
         for start in range(0, len(self.chunks), _STREAMED_CHUNKS):
-            records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS])
-            keys, values = self._store.layout.unpack(records.to(self._device))
+            records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS], self._device)
+            keys, values = self._store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
     def places(self, groups: Tensor) -> Tensor:
@@ -87,6 +81,10 @@ class Archive:
         per_chunk = self._config.chunk_size // self._config.group_size
         keys, values = self._store.fetch(places // per_chunk, places % per_chunk)
         return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
+
+    def addresses(self) -> Tensor:
+        """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""
+        return self._store.addresses(self.chunks)
 
     def fork(self) -> Archive:
         """A twin that shares the chunks and owns its summaries: a beam."""

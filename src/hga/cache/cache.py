@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import DynamicCache
 
+from hga.cache.decoding import Decoding
 from hga.cache.families import check_model_config, routed_layers
 from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
+from hga.store.host import check_host_room
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,59 @@ class HGACache(DynamicCache):
         """ValueError if `config` is of another model than the one that this cache was built for."""
         self.routed[0].check_model(config.get_text_config(decoder=True))
 
-    def check_room(self, tokens: int) -> None:
-        """ValueError if a prompt of `tokens` more ends beyond the model's positions."""
-        self.routed[0].check_room(tokens)
+    def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:
+        """Whether a prompt of `tokens` more can be read; rows and dtype (the K/V's) count before the first one.
+
+        ValueError if it ends beyond the model's positions; MemoryError if host memory cannot hold its archive
+        (store="ram"). Tokens that are generated later are checked as the archive grows.
+        """
+        layers = self.routed
+        layers[0].check_room(tokens)
+        if self.hga_config.store == "ram":
+            dtype = dtype or getattr(layers[0].shape.model_config, "dtype", None) or torch.get_default_dtype()
+            wanted_bytes = sum(layer.growth_bytes(tokens, rows, dtype) for layer in layers)
+            check_host_room(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
+
+    def can_begin_token(self) -> bool:
+        """Whether kernels serve the next token in every layer of this cache, so that its step can be captured."""
+        routed = self.routed
+        return len(routed) == len(self.layers) and all(layer.can_begin_token() for layer in routed)
+
+    def has_padding(self, padding: Any) -> bool:
+        """Whether a mask (B, tokens so far + 1) pads the next token of some row. ValueError if it does not fit."""
+        return self.routed[0].has_padding(padding)
+
+    def positions(self) -> list[int]:
+        """Positions of the rows' newest tokens, pad tokens not counted."""
+        return [row.length - 1 for row in self.routed[0].rows]
+
+    @contextmanager
+    def begin_token(self) -> Iterator[None]:
+        """A step of one token a row: the host's bookkeeping comes first, inside only kernels are launched.
+
+        What goes wrong inside is taken back: the cache is as before the step.
+        """
+        begun: list[HGALayer] = []
+        try:
+            for layer in self.routed:
+                layer.begin_token(layer.get_seq_length() + 1)
+                begun.append(layer)
+            self.decoding.active = True
+            yield
+        except BaseException:
+            for layer in begun:
+                layer.take_back_token()
+            raise
+        finally:
+            self.decoding.active = False
+        for layer in begun:
+            layer.end_token()
+
+    def reset(self) -> None:
+        """Forget everything and give all memory back."""
+        super().reset()
+        self.decoding.reset()
+        self.stepper = None
 
     @property
     def routed(self) -> list[HGALayer]:
@@ -115,8 +170,12 @@ class HGACache(DynamicCache):
         decoder = config.get_text_config(decoder=True)
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
         handshake, limit = Handshake(), position_limit(decoder)
+        self.decoding = Decoding()
+        self.stepper: Any = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         for index in routed_layers(decoder, self.hga_config):
             frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None
-            shape = LayerShape(decoder.num_key_value_heads, head_dim, limit, frequencies, decoder)
-            self.layers[index] = HGALayer(self.hga_config, index, shape, handshake)
+            shape = LayerShape(
+                decoder.num_key_value_heads, decoder.num_attention_heads, head_dim, limit, frequencies, decoder
+            )
+            self.layers[index] = HGALayer(self.hga_config, index, shape, handshake, self.decoding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hga.cache.decoding import Decoding, LayerDecoder, kernels_serve
 from hga.cache.families import fingerprint
+from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
@@ -34,6 +37,7 @@ class LayerShape:
     """What the model's config promises of a layer's K/V, checked against what arrives."""
 
     kv_heads: int
+    query_heads: int
     head_dim: int
     position_limit: int | None
     inverse_frequencies: Tensor | None = field(repr=False, default=None)
@@ -47,14 +51,23 @@ class HGALayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, hga_config: HGAConfig, layer_idx: int, shape: LayerShape, handshake: Handshake) -> None:
+    def __init__(
+        self,
+        hga_config: HGAConfig,
+        layer_idx: int,
+        shape: LayerShape,
+        handshake: Handshake,
+        decoding: Decoding | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.hga_config = hga_config
         self.layer_idx = layer_idx
         self.counters = Counters()
         self.shape = shape
         self._handshake = handshake
-        self._store: Store | None = None
+        self._decoding = Decoding() if decoding is None else decoding
+        self._decoder: LayerDecoder | None = None
+        self._stores: list[Store] = []  # the rows share one, opened with the first closed chunk
         self._new: tuple[Tensor, Tensor] | None = None
         self._seen = 0
         self.rows: list[Row] = []
@@ -70,9 +83,8 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        self.rows = [
-            Row(self.hga_config, self._open_store, self.counters, frequencies) for _ in range(key_states.shape[0])
-        ]
+        open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
+        self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -93,7 +105,8 @@ class HGALayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._new = (key_states.detach(), value_states.detach())
-        self._seen += key_states.shape[2]
+        if not self._decoding.active:
+            self._seen += key_states.shape[2]
         self._handshake.awaiting = self
         key_states._hga_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -117,7 +130,7 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
-        self._store = None
+        self._stores, self._decoder = [], None
         self._handshake.awaiting = None
         self.counters.reset()
 
@@ -131,6 +144,8 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.crop(row.length - removed)
         self._seen = max(0, self._seen - removed)
+        if self._decoder is not None:
+            self._decoder.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes a copy of row beam_idx[i]; closed chunks are shared."""
@@ -165,20 +180,64 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
             )
-        self._new, self._handshake.awaiting = None, None
+        self._new = None
+        if self._decoding.active and self._decoder is not None:
+            self._handshake.awaiting = None
+            return self._decoder.attend(query, keys, values, scoring)
         tokens, kv_heads = query.shape[2], keys.shape[1]
+        pads = self._pads(padding, tokens, self._seen)
+        if tokens == 1 and self.can_begin_token():
+            self.begin_token(self._seen)
+            self._handshake.awaiting = None
+            assert self._decoder is not None
+            return self._decoder.attend(query, keys, values, scoring)
         out = torch.zeros_like(query)
-        for index, (row, pad) in enumerate(zip(self.rows, self._pads(padding, tokens), strict=True)):
+        for index, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
             if pad == tokens:
                 continue
             row.append(keys[index, :, pad:], values[index, :, pad:])
             grouped = query[index, :, pad:].unflatten(0, (kv_heads, -1))  # (Hkv, R, T', D)
             out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
+        # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
+        self._handshake.awaiting = None
         return out
 
-    def _pads(self, padding: Tensor | None, tokens: int) -> list[int]:
-        """Leading pad tokens of each row among the last `tokens`."""
-        padded_before = [self._seen - tokens - row.length for row in self.rows]
+    # ---- single tokens by kernels --------------------------------------------------------------------
+
+    def can_begin_token(self) -> bool:
+        """Whether kernels serve the next token of every row."""
+        return (
+            self.is_initialized
+            and kernels_serve(self.hga_config, self.dtype, self.device)
+            and all(store.gpu_readable for store in self._stores)
+            and all(row.can_begin_token() for row in self.rows)
+        )
+
+    def begin_token(self, step: int) -> None:
+        """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number."""
+        for row in self.rows:
+            row.begin_token()
+        if self._decoder is None:
+            self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
+        self._decoder.prepare(self.rows, step)
+
+    def end_token(self) -> None:
+        """The step that `begin_token` began is done."""
+        self._seen += 1
+
+    def take_back_token(self) -> None:
+        """The step that `begin_token` began has failed."""
+        self._new, self._handshake.awaiting = None, None
+        for row in self.rows:
+            row.take_back_token()
+
+    def has_padding(self, padding: Tensor | None) -> bool:
+        """Whether a mask (B, seen + 1) pads the next token of some row. ValueError for a mask that does not fit."""
+        return any(self._pads(padding, 1, self._seen + 1))
+
+    def _pads(self, padding: Tensor | None, tokens: int, seen: int) -> list[int]:
+        """Leading pad tokens of each row among the last `tokens` of `seen`."""
+        padded_before = [seen - tokens - row.length for row in self.rows]
         if padding is None:
             if any(padded_before):
                 raise ValueError(
@@ -186,10 +245,10 @@ class HGALayer(CacheLayerMixin):
                     "pass the mask of the whole sequence"
                 )
             return [0] * len(self.rows)
-        if padding.shape[1] != self._seen:
-            raise ValueError(
-                f"attention_mask covers {padding.shape[1]} tokens, the cache {self._seen}; it must cover all"
-            )
+        if padding.shape[1] != seen:
+            raise ValueError(f"attention_mask covers {padding.shape[1]} tokens, the cache {seen}; it must cover all")
+        if not any(padded_before) and bool(padding.all()):
+            return [0] * len(self.rows)
         pads = (~padding).sum(1).tolist()
         leading = (padding.long().cumsum(1) == 0).sum(1).tolist()
         for index, (row, total, lead) in enumerate(zip(self.rows, pads, leading, strict=True)):
@@ -212,7 +271,15 @@ class HGALayer(CacheLayerMixin):
 
     def store_bytes(self) -> dict[str, int]:
         """Bytes of the archive by tier; shared chunks once."""
-        return {} if self._store is None else self._store.held_bytes()
+        return self._stores[0].held_bytes() if self._stores else {}
+
+    def cached_bytes(self) -> int:
+        """Bytes of archive groups cached beside the model for decoding."""
+        return 0 if self._decoder is None else self._decoder.cached_bytes()
+
+    def traffic(self) -> tuple[int, int, int]:
+        """Hits and misses of that cache, and unique groups asked of it. Waits for the device."""
+        return (0, 0, 0) if self._decoder is None else self._decoder.traffic()
 
     def archived_tokens(self) -> int:
         """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
@@ -244,14 +311,22 @@ class HGALayer(CacheLayerMixin):
                 )
         self.shape.model_config = config  # an equal one: the next check is one comparison
 
-    # ---- inside --------------------------------------------------------------------------------------
+    def growth_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> int:
+        """Bytes that this layer's store will take for `tokens` more in each row, beyond what it has allocated.
 
-    def _open_store(self, layout: RecordLayout) -> Store:
-        if self._store is None:
-            on_host = self.hga_config.store == "ram"
-            device = torch.device("cpu") if on_host else self.device
-            self._store = MemoryStore(layout, device, "ram" if on_host else "device")
-        return self._store
+        rows and dtype speak for a layer that has not seen K/V yet.
+        """
+        if self.is_initialized:
+            dtype = self.dtype
+        layout = record_layout(self.hga_config, self.shape.kv_heads, self.shape.head_dim, dtype)
+        lengths = [row.length for row in self.rows] or [0] * rows
+        closed = sum(archived_chunks(self.hga_config, length + tokens) for length in lengths)
+        closing = closed - sum(row.chunks for row in self.rows)
+        wanted = closing * (layout.chunk_bytes + layout.order_bytes)
+        unused = sum(sum(s.allocated_bytes().values()) - sum(s.held_bytes().values()) for s in self._stores)
+        return max(0, wanted - unused)
+
+    # ---- inside --------------------------------------------------------------------------------------
 
     def _take_rows(self, indices: list[int]) -> None:
         """Replace the rows by those at `indices`; the first taker of a row keeps it, others fork it."""
@@ -263,7 +338,7 @@ class HGALayer(CacheLayerMixin):
         for index, row in enumerate(self.rows):
             if index not in taken:
                 row.release()
-        self.rows = rows
+        self.rows, self._decoder = rows, None
 
     def _check_shape(self, keys: Tensor, values: Tensor) -> None:
         expected = (self.shape.kv_heads, self.shape.head_dim)
@@ -294,3 +369,12 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 "an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache"
             )
+
+
+def _open_store(tier: str, device: torch.device, opened: list[Store], layout: RecordLayout) -> Store:
+    """The store that a layer's rows share. It is no method: rows that knew their layer would be a cycle with it,
+    and a dropped cache's memory would wait for the garbage collector.
+    """
+    if not opened:
+        opened.append(MemoryStore(layout, torch.device("cpu") if tier == "ram" else device, tier))
+    return opened[0]

@@ -1,11 +1,40 @@
-"""Bytes of summaries a token, from the config alone: what `hga plan` and the accounting share."""
+"""What a config makes of a context: closed chunks, their records, and bytes. Shared by cache, plan and accounting."""
 
 from __future__ import annotations
 
 import torch
 
-from hga.config import HGAConfig
+from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.precision import resolve_summary_dtype, row_bytes
+from hga.store import RecordLayout
+
+
+def closed_chunks(config: HGAConfig, position: int) -> int:
+    """Chunks that count as closed for the tile of `position`: those that end before its window."""
+    tile = position // TILE_TOKENS * TILE_TOKENS
+    return max(0, (tile - config.window_tokens - config.sink_tokens) // config.chunk_size)
+
+
+def archived_chunks(config: HGAConfig, tokens: int) -> int:
+    """Chunks that a row of `tokens` tokens holds in its archive."""
+    return closed_chunks(config, tokens) if tokens >= config.dense_positions else 0
+
+
+def record_layout(config: HGAConfig, kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> RecordLayout:
+    """The records of one layer's chunks."""
+    return RecordLayout(
+        kv_heads=kv_heads,
+        groups=config.chunk_size // config.group_size,
+        group_size=config.group_size,
+        head_dim=head_dim,
+        dtype=kv_dtype,
+        ordered=config.ordering == "content",
+    )
+
+
+def archive_bytes(config: HGAConfig, layout: RecordLayout, layers: int, tokens: int) -> int:
+    """Bytes of the archive of one row of `tokens` tokens, in `layers` layers, permutations included."""
+    return layers * archived_chunks(config, tokens) * (layout.chunk_bytes + layout.order_bytes)
 
 
 def summary_bytes_per_token(config: HGAConfig, head_dim: int, kv_dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
+from hga.cache.layout import closed_chunks
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed, pending_groups
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
@@ -95,6 +96,55 @@ class Row:
         self._keys[:, used:end], self._values[:, used:end] = keys, values
         self.length += keys.shape[1]
 
+    # ---- single tokens by kernels --------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the row's window and summaries are."""
+        return self._keys.device
+
+    @property
+    def archive(self) -> Archive:
+        """The closed chunks. ValueError while there are none."""
+        if self._archive is None:
+            raise ValueError(f"a row of {self.length} tokens has no closed chunk yet")
+        return self._archive
+
+    def can_begin_token(self) -> bool:
+        """Whether the next token is routed, with something to route to."""
+        return (
+            self.length >= self._config.dense_positions
+            and max(self.chunks, closed_chunks(self._config, self.length)) > 0
+        )
+
+    def begin_token(self) -> None:
+        """Count one more token, whose K/V a kernel writes to the end of `near`; closes what is due before it."""
+        config = self._config
+        self._close(closed_chunks(self._config, self.length))
+        room = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
+        if self._keys.shape[1] != room:
+            used = self.near_length
+            for name in ("_keys", "_values"):
+                held = getattr(self, name)
+                moved = held.new_empty(held.shape[0], room, held.shape[2])
+                moved[:, :used] = held[:, :used]
+                setattr(self, name, moved)
+        self.length += 1
+        # What a union of R choices fetches is counted by the kernels.
+        self._count(self.length - 1, 1, None, 0)
+
+    def take_back_token(self) -> None:
+        """Undo `begin_token`: the step failed."""
+        self.length -= 1
+
+    def near_buffers(self) -> tuple[Tensor, Tensor]:
+        """The buffers of `near` (Hkv, capacity, D), what is not in use included."""
+        return self._keys, self._values
+
+    def move_near(self, keys: Tensor, values: Tensor) -> None:
+        """Keep `near` in other buffers, which hold the same tokens."""
+        self._keys, self._values = keys, values
+
     # ---- attention -----------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
@@ -114,13 +164,13 @@ class Row:
             out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring).to(out.dtype)
         while routed_from < self.length:
             stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
-            self._close(self._closed_at(routed_from))
+            self._close(closed_chunks(config, routed_from))
             for start, end in _blocks(routed_from, stop, self._routed_block(query)):
                 here = slice(start - first, end - first)
                 out[:, :, here] = self._attend_routed(query[:, :, here], start, scoring).to(out.dtype)
             routed_from = stop
         if self.length >= config.dense_positions:
-            self._close(self._closed_at(self.length))
+            self._close(closed_chunks(config, self.length))
         return out
 
     def _attend_dense(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
@@ -174,11 +224,6 @@ class Row:
 
     # ---- closing, rewinding, sharing -----------------------------------------------------------------
 
-    def _closed_at(self, position: int) -> int:
-        """Chunks that count as closed for the tile of `position`: those that end before its window."""
-        config, tile = self._config, position // TILE_TOKENS * TILE_TOKENS
-        return max(0, (tile - config.window_tokens - config.sink_tokens) // config.chunk_size)
-
     def _close(self, chunks: int) -> None:
         """Close chunks until `chunks` of them are."""
         if chunks <= self.chunks:
@@ -212,7 +257,7 @@ class Row:
         length = max(0, length)
         if length >= self.length:
             return
-        keep = self._closed_at(length)
+        keep = closed_chunks(self._config, length)
         if self._archive is not None and keep < self.chunks:
             near, sink = self._near(), self._config.sink_tokens
             reopened = self._archive.reopen(keep)

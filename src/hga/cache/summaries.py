@@ -51,11 +51,19 @@ class GrowingRows:
     def decode_units(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of units: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
         # From the whole buffers, whose capacity is a number of units: cutting the slack off would copy all rows.
-        data, scale = (
-            None if rows is None else take_rows(rows.unflatten(1, (-1, self._unit)), ids)
-            for rows in (self._held(), self._scale)
-        )
-        return decode_rows(Rows(data, scale), dtype).flatten(1, 2)
+        data, scale = self._held().unflatten(1, (-1, self._unit)), self._scale  # (Hkv, capacity / unit, unit, D)
+        if scale is not None:
+            scale = take_rows(scale.unflatten(1, (-1, self._unit)), ids)
+        return decode_rows(Rows(take_rows(data, ids), scale), dtype).flatten(1, 2)
+
+    @property
+    def buffers(self) -> Rows:
+        """The whole buffers (Hkv, capacity, D), what is not in use included."""
+        return Rows(self._held(), self._scale)
+
+    def move_to(self, buffers: Rows) -> None:
+        """Live in other buffers, which hold the same rows."""
+        self._data, self._scale = buffers
 
     def clone(self) -> GrowingRows:
         """An independent copy."""

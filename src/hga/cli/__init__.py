@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = command.main(None if arguments is None else list(arguments), prog_name="hga", standalone_mode=False)
     except _USAGE_ERROR as error:
         return _complain(error.format_message())  # type: ignore[attr-defined]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         return _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 130

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from itertools import cycle, pairwise
+import functools
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hga.store.host import allocate_host, check_host_room
 from hga.store.record import RecordLayout
 
 _FIRST_SEGMENT_CHUNKS = 16
-_LARGEST_SEGMENT_CHUNKS = 1024
+_GROWTH = 4  # a segment adds a quarter: page-locking costs time a byte, so slack costs twice
+_LARGEST_SEGMENT_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours in one segment that are neighbours in a list of chunks: `chunks` of it are `slots` there."""
+
+    segment: int
+    slots: slice
+    chunks: slice
 
 
 class MemoryStore:
-    """A `Store` in memory. Segments grow geometrically, so that nothing is copied when the archive grows.
+    """A `Store` in memory. Segments are added as the archive grows, so that nothing is ever copied or moved.
 
-    device: where the chunks live; `tier` is "ram" for host memory and "device" beside the model.
+    device: where the chunks live; `tier` is "ram" for host memory and "device" beside the model. Host memory is
+    page-locked for the GPU whose records arrive; they come by a stream of their own, beside the model's work.
     """
 
     def __init__(self, layout: RecordLayout, device: torch.device, tier: str) -> None:
@@ -26,34 +43,49 @@ class MemoryStore:
         self._segments: list[Tensor] = []  # each (n, Hkv, G, 2, g, D)
         self._orders: list[Tensor] = []  # each (n, Hkv, C) int16
         self._first_id: list[int] = []
+        self._readable: list[bool] = []  # by a GPU, by address
         self._holders: dict[int, int] = {}
-        self._free: list[int] = []
+        self._free: list[int] = []  # descending, so that neighbours are taken together from the end
         self._capacity = 0
+        self._copied: torch.cuda.Event | None = None  # after the last copy from a GPU
+        self._gpu: torch.device | None = None
 
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
-        """See `Store.append`. ValueError if the records do not have this store's layout."""
+        """See `Store.append`."""
         self._check(records, order)
-        while len(self._free) < len(records):
-            self._grow()
-        ids = [self._free.pop() for _ in range(len(records))]
-        for index, chunk in enumerate(ids):
-            segment, slot = self._locate(chunk)
-            self._segments[segment][slot].copy_(records[index])
-            if order is not None:
-                self._orders[segment][slot].copy_(order[index])
-            self._holders[chunk] = 1
+        if (missing := len(records) - len(self._free)) > 0:
+            self._grow(missing, records.device)
+        first = len(self._free) - len(records)
+        ids = self._free[first:][::-1]
+        if self.device.type == "cpu" and records.is_cuda:
+            self._copy_aside(ids, records, order)
+        else:
+            self._settle()
+            self._copy(ids, records, order)
+        # Only now: an error on the way leaves the places free.
+        del self._free[first:]
+        self._holders.update(dict.fromkeys(ids, 1))
         return ids
 
-    def read(self, ids: list[int]) -> tuple[Tensor, Tensor | None]:
-        """See `Store.read`."""
-        places = [self._locate(self._held(chunk)) for chunk in ids]
-        records = torch.stack([self._segments[segment][slot] for segment, slot in places])
-        if not self.layout.ordered:
-            return records, None
-        return records, torch.stack([self._orders[segment][slot] for segment, slot in places]).long()
+    def read(self, ids: list[int], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
+        """See `Store.read`. Neighbours come in one copy."""
+        layout, target = self.layout, self.device if device is None else device
+        if target == self._gpu:
+            self.wait()
+        else:
+            self._settle()
+        records = torch.empty((len(ids), *layout.shape), dtype=layout.dtype, device=target)
+        shape = (len(ids), layout.kv_heads, layout.tokens)
+        order = torch.empty(shape, dtype=torch.int16, device=target) if layout.ordered else None
+        for run in self._runs([self._held(chunk) for chunk in ids]):
+            records[run.chunks].copy_(self._segments[run.segment][run.slots], non_blocking=target.type != "cpu")
+            if order is not None:
+                order[run.chunks].copy_(self._orders[run.segment][run.slots], non_blocking=target.type != "cpu")
+        return records, None if order is None else order.long()
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Store.fetch`. Keys and values go straight to their places: one copy, an index_select a segment."""
+        """See `Store.fetch`. Keys and values go straight to their places: one copy, a head and a segment at a time."""
+        self._settle()
         layout = self.layout
         ids, groups = ids.to(self.device), groups.to(self.device)
         head = torch.arange(layout.kv_heads, device=self.device)[:, None]
@@ -63,17 +95,40 @@ class MemoryStore:
         per_chunk = layout.kv_heads * layout.groups
         edges = torch.tensor([*self._first_id, self._capacity], device=self.device) * per_chunk
         cuts = torch.searchsorted(places, edges.expand(layout.kv_heads, -1).contiguous()).tolist()
-        runs = [last - first for cut in cuts for first, last in pairwise(cut)]  # head by head, segment by segment
-        # K and V of a group are neighbours: rows 2 n and 2 n + 1 of a segment.
-        rows = [segment.view(-1, layout.group_size, layout.head_dim) for segment in self._segments]
-        sources = [(x, x[1:], 2 * per_chunk * first) for x, first in zip(rows, self._first_id, strict=True)]
-        parts = ((2 * places).flatten().split(runs), keys.flatten(0, 1).split(runs), values.flatten(0, 1).split(runs))
-        for (of_keys, of_values, start), run, k, v in zip(cycle(sources), *parts, strict=False):
-            if len(run):
-                here = run - start
-                torch.index_select(of_keys, 0, here, out=k)
-                torch.index_select(of_values, 0, here, out=v)
+        width = layout.group_size * layout.head_dim
+        sources = [_rows(segment, width) for segment in self._segments]
+        to_keys, to_values = _rows(keys, width), _rows(values, width)
+        index = 2 * places.flatten()  # K and V of a group are neighbours
+        done = 0
+        for cut in cuts:
+            for source, first_id, (begin, end) in zip(sources, self._first_id, pairwise(cut), strict=True):
+                if begin < end:
+                    run = slice(done, done + end - begin)
+                    here = index[run] - 2 * per_chunk * first_id
+                    _take(source, here, to_keys[run])
+                    _take(source, here + 1, to_values[run])
+                    done = run.stop
         return keys, values
+
+    def addresses(self, ids: list[int]) -> Tensor:
+        """See `Store.addresses`."""
+        self.wait()
+        found = []
+        for chunk in ids:
+            segment, slot = self._locate(self._held(chunk))
+            records = self._segments[segment]
+            found.append(records.data_ptr() + slot * records.stride(0) * records.element_size())
+        return torch.tensor(found, dtype=torch.int64)
+
+    def wait(self) -> None:
+        """See `Store.wait`."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._gpu).wait_event(self._copied)
+
+    @property
+    def gpu_readable(self) -> bool:
+        """See `Store.gpu_readable`."""
+        return all(self._readable)
 
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
@@ -87,27 +142,102 @@ class MemoryStore:
             if not self._holders[chunk]:
                 del self._holders[chunk]
                 self._free.append(chunk)
+        self._free.sort(reverse=True)
         if not self._holders:
-            self._segments, self._orders, self._first_id, self._free, self._capacity = [], [], [], [], 0
+            self._give_back()
 
     def held_bytes(self) -> dict[str, int]:
         """See `Store.held_bytes`."""
-        return {self.tier: len(self._holders) * (self.layout.chunk_bytes + self.layout.order_bytes)}
+        return {self.tier: len(self._holders) * self._one_bytes}
 
-    def _grow(self) -> None:
-        count = min(max(_FIRST_SEGMENT_CHUNKS, self._capacity), _LARGEST_SEGMENT_CHUNKS)
-        self._segments.append(torch.empty((count, *self.layout.shape), dtype=self.layout.dtype, device=self.device))
-        if self.layout.ordered:
-            shape = (count, self.layout.kv_heads, self.layout.tokens)
-            self._orders.append(torch.empty(shape, dtype=torch.int16, device=self.device))
+    def allocated_bytes(self) -> dict[str, int]:
+        """See `Store.allocated_bytes`."""
+        return {self.tier: self._capacity * self._one_bytes}
+
+    # ---- memory --------------------------------------------------------------------------------------
+
+    @property
+    def _one_bytes(self) -> int:
+        return self.layout.chunk_bytes + self.layout.order_bytes
+
+    def _grow(self, missing: int, source: torch.device) -> None:
+        """Add a segment with room for `missing` chunks, and for more where there is memory for it."""
+        most = max(1, _LARGEST_SEGMENT_BYTES // self._one_bytes)
+        count = max(missing, min(max(_FIRST_SEGMENT_CHUNKS, self._capacity // _GROWTH), most))
+        try:
+            self._add_segment(count, source)
+        except MemoryError:
+            if count == missing:
+                raise
+            self._add_segment(missing, source)
+
+    def _add_segment(self, count: int, source: torch.device) -> None:
+        """One allocation a segment: all records, then all permutations."""
+        layout, readable = self.layout, True
+        split = count * layout.chunk_bytes
+        size_bytes = split + count * layout.order_bytes
+        if self.device.type == "cpu":
+            check_host_room(size_bytes, f"a layer's archive, which has {self._capacity * self._one_bytes:,} bytes,")
+            block = allocate_host(size_bytes, source if source.type == "cuda" else None)
+            raw, readable = block.bytes, block.gpu_readable
+        else:
+            raw = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        self._segments.append(raw[:split].view(layout.dtype).view(count, *layout.shape))
+        if layout.ordered:
+            self._orders.append(raw[split:].view(torch.int16).view(count, layout.kv_heads, layout.tokens))
+        self._readable.append(readable)
         self._first_id.append(self._capacity)
-        self._free.extend(range(self._capacity + count - 1, self._capacity - 1, -1))
+        self._free[:0] = range(self._capacity + count - 1, self._capacity - 1, -1)
         self._capacity += count
 
+    def _give_back(self) -> None:
+        """Forget all segments; their memory goes once the copies into it are done."""
+        self._settle()
+        self._segments, self._orders, self._first_id, self._readable = [], [], [], []
+        self._free, self._capacity = [], 0
+
+    # ---- copies --------------------------------------------------------------------------------------
+
+    def _copy(self, ids: list[int], records: Tensor, order: Tensor | None) -> None:
+        for run in self._runs(ids):
+            self._segments[run.segment][run.slots].copy_(records[run.chunks], non_blocking=True)
+            if order is not None:
+                self._orders[run.segment][run.slots].copy_(order[run.chunks], non_blocking=True)
+
+    def _copy_aside(self, ids: list[int], records: Tensor, order: Tensor | None) -> None:
+        """Copy from a GPU to host memory while the model goes on: after its work so far, on the copies' stream."""
+        gpu = records.device
+        stream = _copy_stream(gpu)
+        stream.wait_stream(torch.cuda.current_stream(gpu))
+        if self._copied is not None:
+            stream.wait_event(self._copied)  # the new event then speaks for all copies, whatever their GPU
+        with torch.cuda.stream(stream):
+            self._copy(ids, records, order)
+            for source in (records, order):
+                if source is not None and source.is_cuda:
+                    source.record_stream(stream)  # its memory is not reused before the copy is done
+        self._copied, self._gpu = stream.record_event(), gpu
+
+    def _settle(self) -> None:
+        """Make the CPU wait for copies that are under way."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+
+    def _runs(self, ids: list[int]) -> Iterator[_Run]:
+        """Cut a list of chunks into runs of neighbours."""
+        start = 0
+        while start < len(ids):
+            segment, slot = self._locate(ids[start])
+            most = min(len(ids) - start, len(self._segments[segment]) - slot)
+            count = 1
+            while count < most and ids[start + count] == ids[start] + count:
+                count += 1
+            yield _Run(segment, slice(slot, slot + count), slice(start, start + count))
+            start += count
+
     def _locate(self, chunk: int) -> tuple[int, int]:
-        segment = len(self._first_id) - 1
-        while self._first_id[segment] > chunk:
-            segment -= 1
+        segment = bisect_right(self._first_id, chunk) - 1
         return segment, chunk - self._first_id[segment]
 
     def _held(self, chunk: int) -> int:
@@ -116,10 +246,34 @@ class MemoryStore:
         return chunk
 
     def _check(self, records: Tensor, order: Tensor | None) -> None:
-        if tuple(records.shape[1:]) != self.layout.shape or records.dtype != self.layout.dtype:
+        layout = self.layout
+        if tuple(records.shape[1:]) != layout.shape or records.dtype != layout.dtype:
             raise ValueError(
                 f"records of shape {tuple(records.shape[1:])} and {records.dtype} do not fit this store's "
-                f"layout {self.layout.shape} and {self.layout.dtype}"
+                f"layout {layout.shape} and {layout.dtype}"
             )
-        if (order is not None) != self.layout.ordered:
-            raise ValueError(f"this store's layout has ordered={self.layout.ordered}; order was {order is not None}")
+        if (order is not None) != layout.ordered:
+            raise ValueError(f"this store's layout has ordered={layout.ordered}; order was {order is not None}")
+        expected = (len(records), layout.kv_heads, layout.tokens)
+        if order is not None and tuple(order.shape) != expected:
+            raise ValueError(f"order of shape {tuple(order.shape)} does not fit these records: expected {expected}")
+
+
+def _rows(numbers: Tensor, width: int) -> Any:
+    """Rows of `width` numbers; of host memory as numpy's, (n, bytes)."""
+    rows = numbers.view(-1, width)
+    return rows.view(torch.uint8).numpy() if rows.device.type == "cpu" else rows
+
+
+def _take(rows: Any, index: Tensor, out: Any) -> None:
+    """Copy rows to `out`. numpy's take costs a third of index_select's call, and no thread waits for another."""
+    if isinstance(rows, Tensor):
+        torch.index_select(rows, 0, index, out=out)
+    else:
+        rows.take(index.numpy(), 0, out, "clip")  # the default mode would copy by way of a buffer
+
+
+@functools.cache
+def _copy_stream(gpu: torch.device) -> torch.cuda.Stream:
+    """The stream on which all stores copy from a GPU: copies queue behind each other, not behind the model."""
+    return torch.cuda.Stream(gpu)

@@ -73,11 +73,18 @@ class Store(Protocol):
     layout: RecordLayout
 
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
-        """Keep chunks (N, Hkv, G, 2, g, D) and their permutations (N, Hkv, C); returns N ids, each retained once."""
+        """Keep chunks (N, Hkv, G, 2, g, D) and their permutations (N, Hkv, C); returns N ids, each retained once.
+
+        A copy from a GPU may still be under way on return; `read`, `fetch` and `addresses` wait for it. Either all
+        chunks are kept or none: MemoryError when the host has no room for them, ValueError for another layout.
+        """
         ...
 
-    def read(self, ids: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Whole chunks (N, Hkv, G, 2, g, D) and permutations (N, Hkv, C), on the tier's own device."""
+    def read(self, ids: list[int], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
+        """Whole chunks (N, Hkv, G, 2, g, D) and permutations (N, Hkv, C), on `device`, else the tier's own.
+
+        On a GPU they are ready for its current stream. KeyError for a chunk that is not held.
+        """
         ...
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +92,23 @@ class Store(Protocol):
 
         For each head the pairs (id, group) must ascend, so that a tier can read in its own order.
         """
+        ...
+
+    def addresses(self, ids: list[int]) -> Tensor:
+        """Where each chunk's record [Hkv, G, 2, g, D] starts: int64 (N,) on the CPU, in bytes.
+
+        For kernels that read records themselves: a GPU may do so where `gpu_readable`, once its stream has waited
+        (this call does, and `wait`). An address holds until its chunk is released. KeyError for one not held.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Order the GPU's current stream after all copies into the store that are under way."""
+        ...
+
+    @property
+    def gpu_readable(self) -> bool:
+        """Whether a GPU can read every chunk held now by its address: device memory, or page-locked host memory."""
         ...
 
     def retain(self, ids: list[int]) -> None:
@@ -97,4 +121,8 @@ class Store(Protocol):
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now by tier ("device", "ram", "nvme"): each chunk once, permutations included."""
+        ...
+
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes taken by tier: what is held, and the room kept for the archive to grow."""
         ...

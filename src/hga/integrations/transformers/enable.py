@@ -17,6 +17,7 @@ from hga.cache import HGACache
 from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
+from hga.integrations.transformers.step import Stepper, is_on_one_gpu
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _STATE = "_hga_enabled"
@@ -101,6 +102,12 @@ def _forward(
     cache = _routed_cache(model, hga_config, past_key_values, use_cache)
     call = functools.partial(inner, past_key_values=cache, use_cache=use_cache, **kwargs)
     count = tokens.shape[1]
+    if count == 1 and isinstance(cache, HGACache) and input_ids is not None:
+        plain = _is_plain_step(attention_mask, position_ids, kwargs) and cache.can_begin_token()
+        if plain and not cache.has_padding(None if attention_mask is None else attention_mask.bool()):
+            if cache.stepper is None:
+                cache.stepper = Stepper(capturable=is_on_one_gpu(model))
+            return cache.stepper.step(functools.partial(call, attention_mask=None), cache, input_ids, position_ids)
     blocks = -(-count // hga_config.block_tokens)
     if blocks <= 1 or not isinstance(cache, HGACache) or not _splittable(attention_mask, logits_to_keep, kwargs):
         return call(
@@ -110,7 +117,7 @@ def _forward(
             inputs_embeds=inputs_embeds,
             logits_to_keep=logits_to_keep,
         )
-    cache.check_room(count)
+    cache.check_room(count, rows=tokens.shape[0], dtype=model.dtype)
     past, kept = cache.get_seq_length(), int(logits_to_keep) or count
     # Blocks of one size: a last block of a single token would count as decoding in an exact prefill.
     size = -(-count // blocks)
@@ -158,6 +165,17 @@ def _routed_cache(model: PreTrainedModel, hga_config: HGAConfig, cache: Any, use
     raise ValueError(
         f"{type(cache).__name__} cannot be routed; leave past_key_values (and cache_implementation) out, or pass an "
         "HGACache"
+    )
+
+
+def _is_plain_step(attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a step asks for nothing but logits, so that the same kernels serve it whatever the token."""
+    if position_ids is not None and position_ids.ndim != 2:
+        return False
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        return False
+    return all(
+        value is None or value is False or name in ("return_dict", "cache_position") for name, value in kwargs.items()
     )
 
 

@@ -1,0 +1,234 @@
+"""Single-token steps by kernels: the rows' buffers as one layer, and what the layers of a cache share."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hga.cache.routed import Scoring
+from hga.cache.row import Row
+from hga.cache.summaries import GrowingRows
+from hga.config import HGAConfig
+from hga.ops.decode import DecodeLayer, Scratch, SlotCache
+from hga.ops.precision import Rows
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_COPIES_IN_FLIGHT = 64
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernels_serve(config: HGAConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether single tokens are decoded by kernels: a CUDA device, 16 or 32 bits, plain mean summaries."""
+    return device.type == "cuda" and has_triton() and dtype in KERNEL_DTYPES and config.summary == "mean"
+
+
+@dataclass
+class _Shared:
+    """One device's counts and scratch."""
+
+    counts: Tensor
+    staged: Tensor  # (_COPIES_IN_FLIGHT, B, 4) host memory, page-locked beside a GPU
+    faults: Tensor
+    published: tuple[tuple[int, ...], ...] = ()
+    copies: int = 0
+    scratches: dict[tuple[int, int, int, int], Scratch] = field(default_factory=dict)
+
+
+@dataclass
+class Decoding:
+    """What the routed layers of one cache share while they decode: counts and scratch, by device.
+
+    active: a step is under way whose bookkeeping the cache has done; layers only launch kernels then.
+    generation: grows when a buffer moves, which makes captured graphs stale.
+    """
+
+    active: bool = False
+    generation: int = 0
+    _shared: dict[torch.device, _Shared] = field(default_factory=dict)
+
+    def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
+        """Tell the device what is in use, unless another layer has told it already. ValueError for bad K/V."""
+        shared = self._on(device, len(rows))
+        if int(shared.faults[0]):
+            shared.faults.zero_()
+            raise ValueError(
+                "K/V of a decoded token hold NaN or infinite numbers (found after the step); what was generated "
+                "since is not to be trusted. Check the weights and the dtype, then call cache.reset()"
+            )
+        numbers = tuple((row.near_length, row.chunks, step, 0) for row in rows)
+        if numbers == shared.published:
+            return
+        shared.published = numbers
+        staged = shared.staged[shared.copies % _COPIES_IN_FLIGHT]
+        shared.copies += 1
+        staged.copy_(torch.tensor(numbers, dtype=torch.int32))
+        shared.counts.copy_(staged, non_blocking=True)
+
+    def counts(self, device: torch.device) -> Tensor:
+        """The counts (B, 4) that kernels read."""
+        return self._shared[device].counts
+
+    def faults(self, device: torch.device) -> Tensor:
+        """Where kernels report K/V that are not finite."""
+        return self._shared[device].faults
+
+    def scratch(
+        self, config: HGAConfig, shape: tuple[int, int, int, int], chunks: int, device: torch.device
+    ) -> Scratch:
+        """Scratch for rows of up to `chunks` chunks; shape: B, Hkv, R, D. Layers of one shape share it."""
+        scratches = self._shared[device].scratches
+        held = scratches.get(shape)
+        if held is None or held.chunk_capacity < chunks:
+            held = scratches[shape] = Scratch.allocate(config, *shape, chunks, device)
+        return held
+
+    def held_bytes(self) -> int:
+        """Bytes of scratch beside the model."""
+        return sum(scratch.held_bytes() for shared in self._shared.values() for scratch in shared.scratches.values())
+
+    def reset(self) -> None:
+        """Give everything back."""
+        self._shared.clear()
+        self.active = False
+        self.generation += 1
+
+    def _on(self, device: torch.device, batch: int) -> _Shared:
+        shared = self._shared.get(device)
+        if shared is None or shared.counts.shape[0] != batch:
+            pinned = device.type == "cuda"
+            shared = _Shared(
+                counts=torch.zeros(batch, 4, dtype=torch.int32, device=device),
+                staged=torch.zeros(_COPIES_IN_FLIGHT, batch, 4, dtype=torch.int32, pin_memory=pinned),
+                faults=torch.zeros(1, dtype=torch.int32, pin_memory=pinned),
+            )
+            self._shared[device] = shared
+            self.generation += 1
+        return shared
+
+
+class LayerDecoder:
+    """One layer's rows as the buffers that kernels read. Rows keep views of them."""
+
+    def __init__(self, config: HGAConfig, decoding: Decoding, query_heads: int) -> None:
+        self._config = config
+        self._decoding = decoding
+        self._query_heads = query_heads
+        self._layer: DecodeLayer | None = None
+        self._known: list[tuple[int, list[int]]] = []
+
+    def prepare(self, rows: list[Row], step: int) -> None:
+        """Bring counts, buffers and addresses up to date for a token that the rows count already."""
+        device = rows[0].device
+        self._decoding.publish(rows, step, device)
+        if self._layer is None or not self._holds(self._layer, rows):
+            self._layer = self._stack(rows)
+            self._known = [(row.archive.reopenings, []) for row in rows]
+            self._decoding.generation += 1
+        for index, row in enumerate(rows):
+            archive, (reopenings, chunks) = row.archive, self._known[index]
+            if archive.reopenings != reopenings:
+                self._layer.slots.forget()
+            if archive.chunks is not chunks:
+                addresses = archive.addresses()
+                self._layer.addresses[index, : len(addresses)] = addresses.to(device, non_blocking=True)
+            self._known[index] = (archive.reopenings, archive.chunks)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        """Attention (B, Hq, 1, D) of a prepared token whose K/V are (B, Hkv, 1, D)."""
+        from hga.ops.kernels.decode import attend_decode  # Triton is optional
+
+        assert self._layer is not None
+        counts = self._decoding.counts(query.device)
+        return attend_decode(
+            query, keys, values, self._layer, counts, self._config, scoring.scale, scoring.softcap, scoring.sinks
+        )
+
+    def forget(self) -> None:
+        """Empty the cache of groups."""
+        if self._layer is not None:
+            self._layer.slots.forget()
+
+    def cached_bytes(self) -> int:
+        """Bytes of cached groups and their tables."""
+        return 0 if self._layer is None else self._layer.slots.held_bytes()
+
+    def traffic(self) -> tuple[int, int, int]:
+        """Hits, misses and unique groups since the layer was stacked. Waits for the device."""
+        if self._layer is None:
+            return 0, 0, 0
+        hits, misses, unique = self._layer.slots.traffic.sum(0).tolist()
+        return hits, misses, unique
+
+    def _holds(self, layer: DecodeLayer, rows: list[Row]) -> bool:
+        """Whether the rows' buffers are still the views that were stacked."""
+        if len(rows) != layer.near_keys.shape[0]:
+            return False
+        return all(
+            _is_view(layer.near_keys[index], row.near_buffers()[0])
+            and _is_view(layer.node_keys.data[index], row.archive.summaries.node_keys.buffers.data)
+            for index, row in enumerate(rows)
+        )
+
+    def _stack(self, rows: list[Row]) -> DecodeLayer:
+        near = [_stack_near([row.near_buffers()[side] for row in rows]) for side in range(2)]
+        for index, row in enumerate(rows):
+            row.move_near(near[0][index], near[1][index])
+        node_keys, node_values, group_keys = (
+            _stack_summaries([getattr(row.archive.summaries, name) for row in rows])
+            for name in ("node_keys", "node_values", "group_keys")
+        )
+        assert node_keys is not None
+        batch, kv_heads, _, width = near[0].shape
+        chunks = node_keys.data.shape[2] * self._config.node_size // self._config.chunk_size
+        device, repeats = near[0].device, self._query_heads // kv_heads
+        return DecodeLayer(
+            near_keys=near[0],
+            near_values=near[1],
+            node_keys=node_keys,
+            node_values=node_values,
+            group_keys=group_keys,
+            addresses=torch.zeros(batch, chunks, dtype=torch.int64, device=device),
+            slots=SlotCache.allocate(self._config, batch * kv_heads, repeats, chunks, near[0]),
+            scratch=self._decoding.scratch(self._config, (batch, kv_heads, repeats, width), chunks, device),
+            faults=self._decoding.faults(device),
+        )
+
+
+def _is_view(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _stack_near(buffers: list[Tensor]) -> Tensor:
+    """One buffer (B, Hkv, P, D) for the rows' (Hkv, P, D), which have one shape; no copy for a single row."""
+    return buffers[0][None] if len(buffers) == 1 else torch.stack(buffers)
+
+
+def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:
+    """One buffer (B, Hkv, capacity, D) that the rows' buffers become views of; None where nothing is kept."""
+    if not rows[0].length:
+        return None
+    held = [row.buffers for row in rows]
+    if len(rows) == 1:
+        return Rows(held[0].data[None], None if held[0].scale is None else held[0].scale[None])
+    capacity = max(one.data.shape[1] for one in held)
+    stacked = [
+        None
+        if held[0][part] is None
+        else held[0][part].new_empty(len(rows), held[0][part].shape[0], capacity, held[0][part].shape[2])
+        for part in range(2)
+    ]
+    for index, row in enumerate(rows):
+        for part, whole in enumerate(stacked):
+            if whole is not None:
+                whole[index, :, : row.length] = held[index][part][:, : row.length]
+        row.move_to(Rows(stacked[0][index], None if stacked[1] is None else stacked[1][index]))
+    return Rows(*stacked)

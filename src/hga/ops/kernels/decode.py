@@ -1,0 +1,374 @@
+"""One decode step of one layer in a dozen kernels: no host synchronisation, no allocation but its output."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from hga.config import HGAConfig
+from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, pending_capacity
+from hga.ops.kernels.partial_attention import (
+    attend_cached_kernel,
+    attend_far_kernel,
+    attend_listed_far_kernel,
+    attend_near_kernel,
+    merge_kernel,
+)
+from hga.ops.kernels.scores import score_kernel
+from hga.ops.kernels.selection import collect_kernel, resolve_kernel, weigh_kernel
+from hga.ops.kernels.slots import assign_kernel, fetch_kernel
+from hga.ops.precision import Rows
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_FETCH_PROGRAMS = 32
+
+
+def _widened(dtype: torch.dtype) -> tl.dtype:
+    """The type in which fp8 summaries meet queries and weights: e4m3 is exact in float16."""
+    return tl.float32 if dtype == torch.float32 else tl.float16
+
+
+@functools.cache
+def _lacks_fp8(device: torch.device) -> bool:
+    """Whether a device cannot convert e4m3 itself (before compute capability 8.9, and the interpreter)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
+
+
+class _Step:
+    """The numbers that the kernels of one step share."""
+
+    def __init__(self, query: Tensor, layer: DecodeLayer, counts: Tensor, config: HGAConfig) -> None:
+        self.config, self.layer, self.counts = config, layer, counts
+        batch, self.heads, _, self.width = query.shape
+        self.kv_heads = layer.near_keys.shape[1]
+        self.problems = batch * self.kv_heads
+        repeats = self.heads // self.kv_heads
+        self.selectors_each = repeats if config.selection == "per_head" else 1
+        self.selectors = self.problems * self.selectors_each
+        self.wide = 1 << (self.width - 1).bit_length()
+        self.first = pending_capacity(config)
+        self.per_node = config.node_size // config.group_size if config.two_level else 0
+        self.tile = {
+            "ROWS": repeats // self.selectors_each,
+            "SELECTORS": self.selectors_each,
+            "RB": max(16, 1 << (repeats // self.selectors_each - 1).bit_length()),
+            "DB": self.wide,
+        }
+
+
+def attend_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer: DecodeLayer,
+    counts: Tensor,
+    config: HGAConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `hga.ops.decode.attend_decode`; float16, bfloat16 or float32, contiguous K/V and queries."""
+    query, new = query.contiguous(), (keys.contiguous(), values.contiguous())
+    step, scratch, cap = _Step(query, layer, counts, config), layer.scratch, softcap or 0.0
+    groups = scratch.groups
+    if scratch.nodes is None:
+        _score(step, query, new, layer.node_keys, groups, scale, cap, units=config.chunk_size // config.group_size)
+        _choose(step, groups, units=config.chunk_size // config.group_size, first=step.first)
+        listed = groups  # not read
+    else:
+        assert layer.group_keys is not None
+        listed, units = scratch.nodes, config.chunk_size // config.node_size
+        _score(step, query, new, layer.node_keys, listed, scale, cap, units=units, pending=False)
+        _choose(step, listed, units=units, first=0)
+        _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
+        _choose(step, groups, units=0, first=step.first, listed=listed)
+    _fetch(step, groups, listed)
+    return _attend(step, query, groups, listed, scale, cap, sinks)
+
+
+def _score(
+    step: _Step,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    keys: Rows,
+    into: Choice,
+    scale: float,
+    softcap: float,
+    units: int = 0,
+    pending: bool = True,
+    listed: Choice | None = None,
+) -> None:
+    """Scores with all `units` a chunk, or with the groups of listed nodes; pending groups before them."""
+    config, layer, splits = step.config, step.layer, step.layer.scratch.splits
+    fp8 = keys.scale is not None
+    exact = keys.data.dtype == query.dtype
+    nodes = into if listed is None else listed
+    score_kernel[(step.selectors, splits + pending)](
+        query,
+        *new,
+        layer.near_keys,
+        layer.near_values,
+        layer.near_keys.shape[2],
+        layer.faults,
+        keys.data.view(torch.uint8) if fp8 else keys.data,
+        keys.scale if fp8 else keys.data,
+        keys.data.shape[2],
+        step.counts,
+        nodes.chosen,
+        nodes.counts,
+        nodes.chosen.shape[1],
+        into.scores,
+        into.scores.shape[1],
+        into.peaks,
+        into.totals,
+        step.kv_heads,
+        config.sink_tokens,
+        config.window_tokens,
+        units,
+        scale,
+        softcap,
+        step.width,
+        **step.tile,
+        BLOCK=128 if fp8 else 64,
+        SPLITS=splits,
+        GROUP=config.group_size,
+        PER_NODE=0 if listed is None else step.per_node,
+        PENDING=int(pending),
+        FIRST=step.first if pending else 0,
+        FP8=fp8,
+        BY_BITS=_lacks_fp8(query.device),
+        DTYPE=_widened(query.dtype) if fp8 else (_TYPES[query.dtype] if exact else tl.float32),
+        num_stages=3,
+    )
+
+
+def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice | None = None) -> None:
+    """Choose the `keep` columns with the largest mass."""
+    config, splits = step.config, choice.histogram.shape[1]
+    columns, parts = choice.scores.shape[1], step.layer.scratch.splits + (first > 0)
+    per_node = 0 if listed is None else step.per_node
+    listed_counts = choice.counts if listed is None else listed.counts
+    grid = (step.selectors, splits)
+    weigh_kernel[grid](
+        choice.scores,
+        columns,
+        choice.peaks,
+        choice.totals,
+        step.counts,
+        listed_counts,
+        choice.mass,
+        choice.histogram,
+        step.kv_heads,
+        config.sink_tokens if first else 1 << 30,
+        config.window_tokens,
+        units,
+        ROWS=step.tile["ROWS"],
+        SELECTORS=step.selectors_each,
+        RP=1 << (step.tile["ROWS"] - 1).bit_length(),
+        PARTS=parts,
+        PARTS_B=1 << (parts - 1).bit_length(),
+        SPLITS=splits,
+        BLOCK=512,
+        GROUP=config.group_size,
+        PER_NODE=per_node,
+        FIRST=first,
+    )
+    collect_kernel[grid](
+        choice.mass,
+        columns,
+        choice.histogram,
+        step.counts,
+        listed_counts,
+        choice.keep,
+        choice.chosen,
+        choice.chosen.shape[1],
+        choice.tied,
+        choice.found,
+        step.kv_heads,
+        units,
+        SELECTORS=step.selectors_each,
+        SPLITS=splits,
+        BLOCK=512,
+        PER_NODE=per_node,
+        FIRST=first,
+    )
+    resolve_kernel[(step.selectors,)](
+        choice.mass,
+        columns,
+        choice.found,
+        choice.keep,
+        choice.chosen,
+        choice.chosen.shape[1],
+        choice.tied,
+        choice.limits,
+        choice.counts,
+        BLOCK=512,
+    )
+
+
+def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
+    """Give every chosen group a slot and copy the missing ones from the store."""
+    slots, layer, config = step.layer.slots, step.layer, step.config
+    count = slots.owner.shape[1]
+    assign_kernel[(step.problems,)](
+        groups.chosen,
+        groups.chosen.shape[1],
+        groups.counts,
+        listed.chosen,
+        listed.chosen.shape[1],
+        step.counts,
+        slots.slot_of,
+        slots.slot_of.shape[1],
+        slots.owner,
+        slots.used_at,
+        count,
+        slots.victims,
+        layer.scratch.places,
+        slots.missing_groups,
+        slots.missing_slots,
+        slots.missing_counts,
+        slots.traffic,
+        step.kv_heads,
+        groups.keep,
+        SELECTORS=step.selectors_each,
+        SLOTS_B=1 << (count - 1).bit_length(),
+        BLOCK=256,
+        PER_NODE=step.per_node,
+        FIRST=step.first,
+    )
+    words = 2 * config.group_size * step.width * layer.near_keys.element_size() // 8
+    fetch_kernel[(step.problems, _FETCH_PROGRAMS)](
+        slots.missing_groups,
+        slots.missing_slots,
+        slots.missing_counts,
+        layer.addresses,
+        layer.addresses.shape[1],
+        slots.records.view(torch.int64),
+        count,
+        step.kv_heads,
+        config.chunk_size // config.group_size,
+        WORDS=words,
+        WORDS_B=1 << (words - 1).bit_length(),
+        BLOCK=4,
+        PROGRAMS=_FETCH_PROGRAMS,
+    )
+
+
+def _attend(
+    step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Attend to near tokens, cached groups and the far field, each in `splits` parts, and merge them."""
+    config, layer, scratch = step.config, step.layer, step.layer.scratch
+    splits, parts = scratch.splits, scratch.peaks.shape[1]
+    dtype = _TYPES[query.dtype]
+    into = (scratch.peaks, scratch.totals, scratch.sums)
+    of_groups = (groups.scores, groups.mass, groups.scores.shape[1], groups.limits)
+    used = NEAR_SPLITS + CACHED_SPLITS
+    values = layer.node_values if config.far_field else None
+    if values is not None:
+        fp8 = values.scale is not None
+        data = values.data.view(torch.uint8) if fp8 else values.data
+        stored = (data, values.scale if fp8 else data, data.shape[2])
+        encoding = {"FP8": fp8, "BY_BITS": _lacks_fp8(query.device), "DTYPE": _widened(query.dtype) if fp8 else dtype}
+        two_level = scratch.nodes is not None
+        of_units = (listed.scores, listed.mass, listed.scores.shape[1], listed.limits) if two_level else of_groups
+        attend_far_kernel[(step.selectors, splits)](
+            *stored,
+            step.counts,
+            *of_units,
+            *into,
+            step.kv_heads,
+            config.chunk_size // config.node_size,
+            math.log(config.node_size),
+            step.width,
+            parts,
+            used,
+            **step.tile,
+            BLOCK=64,
+            SPLITS=splits,
+            FIRST=0 if two_level else step.first,
+            **encoding,
+            num_stages=3,
+        )
+        used += splits
+        if two_level:
+            attend_listed_far_kernel[(step.selectors, CACHED_SPLITS)](
+                *stored,
+                listed.chosen,
+                listed.chosen.shape[1],
+                listed.counts,
+                *of_groups,
+                *into,
+                math.log(config.group_size),
+                step.width,
+                parts,
+                used,
+                **step.tile,
+                BLOCK=32,
+                SPLITS=CACHED_SPLITS,
+                FIRST=step.first,
+                PER_NODE=step.per_node,
+                **encoding,
+            )
+            used += CACHED_SPLITS
+    attend_near_kernel[(step.selectors, NEAR_SPLITS)](
+        query,
+        layer.near_keys,
+        layer.near_values,
+        layer.near_keys.shape[2],
+        step.counts,
+        *of_groups,
+        *into,
+        step.kv_heads,
+        config.sink_tokens,
+        config.window_tokens,
+        scale,
+        softcap,
+        step.width,
+        parts,
+        0,
+        **step.tile,
+        BLOCK=32,
+        SPLITS=NEAR_SPLITS,
+        GROUP=config.group_size,
+        FAR=config.far_field,
+        DTYPE=dtype,
+    )
+    attend_cached_kernel[(step.selectors, CACHED_SPLITS)](
+        query,
+        layer.slots.records,
+        layer.slots.owner.shape[1],
+        scratch.places,
+        scratch.places.shape[1],
+        groups.counts,
+        *into,
+        scale,
+        softcap,
+        step.width,
+        parts,
+        NEAR_SPLITS,
+        **step.tile,
+        BLOCK=64,
+        SPLITS=CACHED_SPLITS,
+        GROUP=config.group_size,
+        DTYPE=dtype,
+    )
+    out = torch.empty_like(query)
+    merge_kernel[(query.shape[0] * step.heads,)](
+        *into,
+        out if sinks is None else sinks,
+        out,
+        parts,
+        used,
+        step.heads,
+        step.width,
+        PARTS_B=1 << (used - 1).bit_length(),
+        DB=step.wide,
+        SINKS=sinks is not None,
+    )
+    return out

@@ -1,0 +1,309 @@
+"""Attention of a decode step in parts: near tokens, cached groups, far field; merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hga.ops.kernels.scores import COUNTS, cap_scores, count_pending, find_power, load_summaries, split_range
+from hga.ops.kernels.selection import is_chosen
+
+_NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _fold(peak, total, sums, logits, values, DTYPE: tl.constexpr):
+    """Online softmax: take logits (RB, K) with values (K, D) of DTYPE into peak, total (RB,) and sums (RB, D)."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    safe = tl.where(new_peak == _NEVER, 0.0, new_peak)
+    shrink = tl.exp(peak - safe)
+    weights = tl.exp(logits - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    sums = sums * shrink[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
+    return new_peak, total, sums
+
+
+@triton.jit
+def _fold_summaries(peak, total, sums, logits, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """`_fold` with encoded values (K, D): their scales (K,) join the weights, brought near 1 by a power of two."""
+    if not FP8:
+        return _fold(peak, total, sums, logits, values, DTYPE)
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    safe = tl.where(new_peak == _NEVER, 0.0, new_peak)
+    shrink = tl.exp(peak - safe)
+    weights = tl.exp(logits - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    factor, inverse = find_power(tl.max(scales, 0))
+    scaled = (weights * (scales * factor)[None, :]).to(DTYPE)
+    sums = sums * shrink[:, None] + tl.dot(scaled, values, input_precision="ieee") * inverse
+    return new_peak, total, sums
+
+
+@triton.jit
+def _store_part(peak, total, sums, lines, part, parts, peaks, totals, out, r, d, ROWS, DB: tl.constexpr):
+    at = lines * parts + part
+    tl.store(peaks + at, peak, mask=r < ROWS)
+    tl.store(totals + at, total, mask=r < ROWS)
+    tl.store(out + at[:, None] * DB + d[None, :], sums, mask=(r < ROWS)[:, None])
+
+
+@triton.jit
+def attend_far_kernel(
+    values,
+    value_scales,
+    capacity,
+    counts,
+    scores,
+    mass,
+    scores_stride,
+    limits,
+    peaks,
+    totals,
+    out,
+    kv_heads,
+    units_per_chunk,
+    log_size,
+    width,
+    parts,
+    first_part,
+    ROWS: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FP8: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Far field: every unit that was not chosen, log_size added to its score, with its mean value."""
+    selector, split = tl.program_id(0), tl.program_id(1)
+    problem = selector // SELECTORS
+    count = tl.load(counts + problem // kv_heads * COUNTS + 1) * units_per_chunk
+    start, stop = split_range(count, split, SPLITS, BLOCK)
+    limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
+    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    lines = selector.to(tl.int64) * ROWS + r
+    peak = tl.full((RB,), _NEVER, tl.float32)
+    total = tl.zeros((RB,), tl.float32)
+    sums = tl.zeros((RB, DB), tl.float32)
+    for first in range(start, stop, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        inside = k < stop
+        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + FIRST + k, mask=inside, other=0)
+        far = inside & (is_chosen(bits, FIRST + k, limit, last) == 0)
+        s_mask = (r < ROWS)[:, None] & far[None, :]
+        s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
+        rows = problem.to(tl.int64) * capacity + k
+        data, scale = load_summaries(values, value_scales, rows, far, d, width, FP8, BY_BITS, DTYPE)
+        peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
+    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+
+
+@triton.jit
+def attend_listed_far_kernel(
+    values,
+    value_scales,
+    capacity,
+    listed,
+    listed_stride,
+    listed_counts,
+    scores,
+    mass,
+    scores_stride,
+    limits,
+    peaks,
+    totals,
+    out,
+    log_size,
+    width,
+    parts,
+    first_part,
+    ROWS: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    PER_NODE: tl.constexpr,
+    FP8: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Far field inside the listed nodes: groups that were not chosen, with the mean value of their node."""
+    selector, split = tl.program_id(0), tl.program_id(1)
+    problem = selector // SELECTORS
+    start, stop = split_range(tl.load(listed_counts + selector), split, SPLITS, BLOCK)
+    limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
+    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    lines = selector.to(tl.int64) * ROWS + r
+    peak = tl.full((RB,), _NEVER, tl.float32)
+    total = tl.zeros((RB,), tl.float32)
+    sums = tl.zeros((RB, DB), tl.float32)
+    for first in range(start, stop, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        inside = k < stop
+        node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
+        rows = problem.to(tl.int64) * capacity + node
+        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        for group in range(PER_NODE):
+            column = FIRST + k * PER_NODE + group
+            bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=0)
+            far = inside & (is_chosen(bits, column, limit, last) == 0)
+            s_mask = (r < ROWS)[:, None] & far[None, :]
+            s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=s_mask, other=_NEVER)
+            peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
+    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+
+
+@triton.jit
+def attend_near_kernel(
+    query,
+    keys,
+    values,
+    near_capacity,
+    counts,
+    scores,
+    mass,
+    scores_stride,
+    limits,
+    peaks,
+    totals,
+    out,
+    kv_heads,
+    sink,
+    window,
+    scale,
+    softcap,
+    width,
+    parts,
+    first_part,
+    ROWS: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAR: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sink, window and chosen pending groups exactly; a token of another pending group weighs as its group's mean."""
+    selector, split = tl.program_id(0), tl.program_id(1)
+    problem = selector // SELECTORS
+    count = tl.load(counts + problem // kv_heads * COUNTS)
+    pending = count_pending(count, sink, window, GROUP)
+    start, stop = split_range(count, split, SPLITS, BLOCK)
+    limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
+    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    lines = selector.to(tl.int64) * ROWS + r
+    q_mask = (r < ROWS)[:, None] & (d < width)[None, :]
+    q = tl.load(query + lines[:, None] * width + d[None, :], mask=q_mask, other=0.0)
+    peak = tl.full((RB,), _NEVER, tl.float32)
+    total = tl.zeros((RB,), tl.float32)
+    sums = tl.zeros((RB, DB), tl.float32)
+    for first in range(start, stop, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        inside = k < stop
+        at = (problem.to(tl.int64) * near_capacity + k)[:, None] * width + d[None, :]
+        mask = inside[:, None] & (d < width)[None, :]
+        key = tl.load(keys + at, mask=mask, other=0.0)
+        s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
+        group = (k - sink) // GROUP
+        is_pending = inside & (k >= sink) & (group < pending)
+        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + group, mask=is_pending, other=0)
+        unopened = is_pending & (is_chosen(bits, group, limit, last) == 0)
+        if FAR:
+            s_mask = (r < ROWS)[:, None] & unopened[None, :]
+            of_group = tl.load(scores + lines[:, None] * scores_stride + group[None, :], mask=s_mask, other=_NEVER)
+            s = tl.where(unopened[None, :], of_group, s)
+        else:
+            s = tl.where(unopened[None, :], _NEVER, s)
+        s = tl.where(inside[None, :], s, _NEVER)
+        value = tl.load(values + at, mask=mask, other=0.0)
+        peak, total, sums = _fold(peak, total, sums, s, value, DTYPE)
+    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+
+
+@triton.jit
+def attend_cached_kernel(
+    query,
+    cached,
+    slots,
+    places,
+    chosen_stride,
+    chosen_counts,
+    peaks,
+    totals,
+    out,
+    scale,
+    softcap,
+    width,
+    parts,
+    first_part,
+    ROWS: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Exact attention to the tokens of chosen archive groups, read from their slots [2, g, D]; BLOCK tokens at once."""
+    selector, split = tl.program_id(0), tl.program_id(1)
+    problem = selector // SELECTORS
+    start, stop = split_range(tl.load(chosen_counts + selector) * GROUP, split, SPLITS, BLOCK)
+    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    lines = selector.to(tl.int64) * ROWS + r
+    q_mask = (r < ROWS)[:, None] & (d < width)[None, :]
+    q = tl.load(query + lines[:, None] * width + d[None, :], mask=q_mask, other=0.0)
+    peak = tl.full((RB,), _NEVER, tl.float32)
+    total = tl.zeros((RB,), tl.float32)
+    sums = tl.zeros((RB, DB), tl.float32)
+    for first in range(start, stop, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        slot = tl.load(places + selector.to(tl.int64) * chosen_stride + t // GROUP, mask=t < stop, other=-1)
+        inside = slot >= 0
+        at = (((problem.to(tl.int64) * slots + slot) * 2 * GROUP + t % GROUP) * width)[:, None] + d[None, :]
+        mask = inside[:, None] & (d < width)[None, :]
+        key = tl.load(cached + at, mask=mask, other=0.0)
+        value = tl.load(cached + GROUP * width + at, mask=mask, other=0.0)
+        s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
+        peak, total, sums = _fold(peak, total, sums, tl.where(inside[None, :], s, _NEVER), value, DTYPE)
+    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+
+
+@triton.jit
+def merge_kernel(
+    peaks,
+    totals,
+    sums,
+    sinks,
+    out,
+    parts,
+    used,
+    heads,
+    width,
+    PARTS_B: tl.constexpr,
+    DB: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Merge the first `used` parts of one query head; a learned sink logit enters the sum once."""
+    line = tl.program_id(0).to(tl.int64)
+    p, d = tl.arange(0, PARTS_B), tl.arange(0, DB)
+    peak = tl.load(peaks + line * parts + p, mask=p < used, other=_NEVER)
+    total = tl.load(totals + line * parts + p, mask=p < used, other=0.0)
+    top = tl.max(peak, 0)
+    if SINKS:
+        sink = tl.load(sinks + line % heads).to(tl.float32)
+        top = tl.maximum(top, sink)
+    weight = tl.exp(peak - top)
+    norm = tl.sum(total * weight, 0)
+    if SINKS:
+        norm += tl.exp(sink - top)
+    part = tl.load(sums + (line * parts + p)[:, None] * DB + d[None, :], mask=(p < used)[:, None], other=0.0)
+    value = tl.sum(part * weight[:, None], 0) / norm
+    tl.store(out + line * width + d, value.to(out.dtype.element_ty), mask=d < width)

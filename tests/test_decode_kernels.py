@@ -1,0 +1,128 @@
+"""The decode step in kernels against its reference, and the reference against the cache's routed path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hga import HGAConfig
+from hga.cache.routed import Scoring
+from hga.cache.row import Counters, Row
+from hga.ops.decode import DecodeLayer, Scratch, SlotCache, attend_decode
+from hga.ops.precision import Rows
+from hga.store import MemoryStore
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE = HGAConfig(chunk_size=32, group_size=4, sink_tokens=4, window_tokens=12, budget_tokens=64, prefill="routed")
+CONFIGS = {
+    "balanced": BASE,
+    "per_head": BASE.replace(selection="per_head"),
+    "no far field": BASE.replace(far_field=False),
+    "two levels": BASE.replace(node_size=8, overselection=2),
+    "two levels per head": BASE.replace(node_size=16, overselection=1, selection="per_head"),
+    "fp8": BASE.replace(summary_dtype="fp8"),
+    "by position": BASE.replace(ordering="position", group_size=16, window_tokens=20, node_size=16),
+    "nothing routed": BASE.replace(budget_tokens=16),
+    "everything routed": BASE.replace(budget_tokens=4096),
+}
+
+
+def filled_row(config: HGAConfig, length: int, heads: int, width: int, dtype: torch.dtype) -> tuple[Row, list]:
+    """A row that holds `length` random tokens, and the stores that it opened."""
+    stores: list[MemoryStore] = []
+
+    def open_store(layout):
+        stores.append(MemoryStore(layout, torch.device("cpu"), "ram"))
+        return stores[-1]
+
+    row = Row(config, open_store, Counters(), None)
+    keys, values = (torch.randn(heads, length, width, dtype=torch.float32) for _ in range(2))
+    row.append(keys.to(dtype), values.to(dtype))
+    row.attend(torch.randn(heads, 1, 1, width).to(dtype), Scoring(width**-0.5))
+    return row, stores
+
+
+def decode_layer(config: HGAConfig, rows: list[Row], stores: list, repeats: int) -> tuple[DecodeLayer, Tensor]:
+    """The rows' buffers as one layer, poisoned where nothing is in use, and counts for the next token."""
+    summaries = [row._archive.summaries for row in rows]
+    heads, width, dtype = rows[0]._keys.shape[0], rows[0]._keys.shape[2], rows[0]._keys.dtype
+    chunks = max(row.chunks for row in rows) + 3
+
+    def stack(name: str, unit: int) -> Rows | None:
+        grown = [getattr(summary, name) for summary in summaries]
+        if grown[0]._data is None:
+            return None
+        count = chunks * config.chunk_size // unit
+        data = grown[0]._data.new_empty(len(rows), heads, count, width)
+        data.view(torch.uint8).fill_(0xFF)  # NaN in every type
+        scale = None
+        if grown[0]._scale is not None:
+            scale = torch.full((len(rows), heads, count, 1), float("nan"), dtype=torch.bfloat16)
+        for index, one in enumerate(grown):
+            data[index, :, : one.length] = one._data[:, : one.length]
+            if scale is not None:
+                scale[index, :, : one.length] = one._scale[:, : one.length]
+        return Rows(data.to(DEVICE), None if scale is None else scale.to(DEVICE))
+
+    near = [torch.full((len(rows), heads, 256, width), float("nan"), dtype=dtype) for _ in range(2)]
+    addresses = torch.zeros(len(rows), chunks, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        for buffer, held in zip(near, row._near(), strict=True):
+            buffer[index, :, : row.near_length] = held
+        for place, chunk in enumerate(row._archive.chunks):
+            segment, slot = stores[index][0]._locate(chunk)
+            addresses[index, place] = stores[index][0]._segments[segment][slot].data_ptr()
+    near = [x.to(DEVICE) for x in near]
+    counts = torch.tensor([[row.near_length + 1, row.chunks, 1, 0] for row in rows], dtype=torch.int32)
+    layer = DecodeLayer(
+        near_keys=near[0],
+        near_values=near[1],
+        node_keys=stack("node_keys", config.node_size),
+        node_values=stack("node_values", config.node_size),
+        group_keys=stack("group_keys", config.group_size),
+        addresses=addresses.to(DEVICE),
+        slots=SlotCache.allocate(config, len(rows) * heads, repeats, chunks, near[0]),
+        scratch=Scratch.allocate(config, len(rows), heads, repeats, width, chunks, torch.device(DEVICE)),
+        faults=torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda"),
+    )
+    return layer, counts.to(DEVICE)
+
+
+def random_step(batch: int, heads: int, repeats: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    query = torch.randn(batch, heads * repeats, 1, width, device=DEVICE) * 2
+    keys, values = (torch.randn(batch, heads, 1, width, device=DEVICE) for _ in range(2))
+    return query.to(dtype), keys.to(dtype), values.to(dtype)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reference_equals_routed_path(name: str) -> None:
+    config, heads, repeats, width = CONFIGS[name], 2, 3, 16
+    if name == "fp8":
+        pytest.skip("the same but for rounding")
+    row, stores = filled_row(config.replace(summary_dtype="model"), 301, heads, width, torch.float64)
+    layer, counts = decode_layer(config, [row], [stores], repeats)
+    if DEVICE == "cuda":
+        pytest.skip("float64 is the CPU's")
+    query, keys, values = random_step(1, heads, repeats, width, torch.float64)
+    out = attend_decode(query, keys, values, layer, counts, config, 0.3)
+    row.append(keys[0], values[0])
+    expected = row.attend(query[0].unflatten(0, (heads, repeats)), Scoring(0.3))
+    torch.testing.assert_close(out[0, :, 0], expected.flatten(0, 1)[:, 0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_equal_reference(name: str) -> None:
+    pytest.importorskip("triton")
+    from hga.ops.kernels import decode as kernels
+
+    config, heads, repeats, width, dtype = CONFIGS[name], 2, 3, 24, torch.float32
+    made = [filled_row(config, length, heads, width, dtype) for length in (301, 157)]
+    layer, counts = decode_layer(config, [row for row, _ in made], [stores for _, stores in made], repeats)
+    for _ in range(3):
+        query, keys, values = random_step(2, heads, repeats, width, dtype)
+        out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
+        expected = attend_decode(query, keys, values, layer, counts, config, 0.3)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+        counts[:, 0] += 1
+        counts[:, 2] += 1
