@@ -95,10 +95,10 @@ class MemoryStore:
         per_chunk = layout.kv_heads * layout.groups
         edges = torch.tensor([*self._first_id, self._capacity], device=self.device) * per_chunk
         cuts = torch.searchsorted(places, edges.expand(layout.kv_heads, -1).contiguous()).tolist()
-        width = layout.group_size * layout.head_dim
-        sources = [_rows(segment, width) for segment in self._segments]
-        to_keys, to_values = _rows(keys, width), _rows(values, width)
-        index = 2 * places.flatten()  # K and V of a group are neighbours
+        row_bytes = layout.group_size * layout.head_dim * layout.dtype.itemsize
+        sources = [_byte_rows(segment, row_bytes) for segment in self._segments]
+        to_keys, to_values = _byte_rows(keys, row_bytes), _byte_rows(values, row_bytes)
+        index = _plain(2 * places.flatten())  # K and V of a group are neighbours
         done = 0
         for cut in cuts:
             for source, first_id, (begin, end) in zip(sources, self._first_id, pairwise(cut), strict=True):
@@ -259,18 +259,25 @@ class MemoryStore:
             raise ValueError(f"order of shape {tuple(order.shape)} does not fit these records: expected {expected}")
 
 
-def _rows(numbers: Tensor, width: int) -> Any:
-    """Rows of `width` numbers; of host memory as numpy's, (n, bytes)."""
-    rows = numbers.view(-1, width)
-    return rows.view(torch.uint8).numpy() if rows.device.type == "cpu" else rows
+def _plain(numbers: Tensor) -> Any:
+    """The tensor itself on a device; numpy's view of it in host memory.
+
+    A row's gather takes a call for each head and segment: numpy's costs a third, and no thread waits for another.
+    """
+    return numbers.numpy() if numbers.device.type == "cpu" else numbers
 
 
-def _take(rows: Any, index: Tensor, out: Any) -> None:
-    """Copy rows to `out`. numpy's take costs a third of index_select's call, and no thread waits for another."""
+def _byte_rows(numbers: Tensor, row_bytes: int) -> Any:
+    """Contiguous numbers as rows of bytes, (n, row_bytes)."""
+    return _plain(numbers.view(-1).view(torch.uint8).view(-1, row_bytes))
+
+
+def _take(rows: Any, index: Any, out: Any) -> None:
+    """Copy rows (n, bytes) at an index (U,) to `out` (U, bytes)."""
     if isinstance(rows, Tensor):
         torch.index_select(rows, 0, index, out=out)
     else:
-        rows.take(index.numpy(), 0, out, "clip")  # the default mode would copy by way of a buffer
+        rows.take(index, 0, out, "clip")  # the default mode would copy by way of a buffer
 
 
 @functools.cache
