@@ -73,7 +73,7 @@ def capture(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(priority=-1)):
         step()
     return graph
 

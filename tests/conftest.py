@@ -1,5 +1,6 @@
-"""What all tests share: few threads, derandomised property tests, the benchmarks' simulation on the path."""
+"""What all tests share: few threads, derandomised property tests, kernels interpreted without a GPU."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels then run on the CPU
+
 from hypothesis import settings
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -24,26 +24,22 @@ CONFIGS = {
     "fp8": BASE.replace(summary_dtype="fp8"),
     "by position": BASE.replace(ordering="position", group_size=16, window_tokens=20, node_size=16),
     "nothing routed": BASE.replace(budget_tokens=16),
+    "long": BASE.replace(budget_tokens=700),
     "everything routed": BASE.replace(budget_tokens=4096),
 }
 
 
-def filled_row(config: HGAConfig, length: int, heads: int, width: int, dtype: torch.dtype) -> tuple[Row, list]:
-    """A row that holds `length` random tokens, and the stores that it opened."""
-    stores: list[MemoryStore] = []
-
-    def open_store(layout):
-        stores.append(MemoryStore(layout, torch.device("cpu"), "ram"))
-        return stores[-1]
-
-    row = Row(config, open_store, Counters(), None)
+def filled_row(config: HGAConfig, length: int, heads: int, width: int, dtype: torch.dtype) -> Row:
+    """A row that holds `length` random tokens."""
+    row = Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
     keys, values = (torch.randn(heads, length, width, dtype=torch.float32) for _ in range(2))
-    row.append(keys.to(dtype), values.to(dtype))
-    row.attend(torch.randn(heads, 1, 1, width).to(dtype), Scoring(width**-0.5))
-    return row, stores
+    device = "cpu" if dtype == torch.float64 else DEVICE
+    row.append(keys.to(device, dtype), values.to(device, dtype))
+    row.attend(torch.randn(heads, 1, 1, width).to(device, dtype), Scoring(width**-0.5))
+    return row
 
 
-def decode_layer(config: HGAConfig, rows: list[Row], stores: list, repeats: int) -> tuple[DecodeLayer, Tensor]:
+def decode_layer(config: HGAConfig, rows: list[Row], repeats: int) -> tuple[DecodeLayer, Tensor]:
     """The rows' buffers as one layer, poisoned where nothing is in use, and counts for the next token."""
     summaries = [row._archive.summaries for row in rows]
     heads, width, dtype = rows[0]._keys.shape[0], rows[0]._keys.shape[2], rows[0]._keys.dtype
@@ -58,7 +54,7 @@ def decode_layer(config: HGAConfig, rows: list[Row], stores: list, repeats: int)
         data.view(torch.uint8).fill_(0xFF)  # NaN in every type
         scale = None
         if grown[0]._scale is not None:
-            scale = torch.full((len(rows), heads, count, 1), float("nan"), dtype=torch.bfloat16)
+            scale = torch.full((len(rows), heads, count, 1), float("nan"), dtype=torch.bfloat16, device=data.device)
         for index, one in enumerate(grown):
             data[index, :, : one.length] = one._data[:, : one.length]
             if scale is not None:
@@ -70,9 +66,7 @@ def decode_layer(config: HGAConfig, rows: list[Row], stores: list, repeats: int)
     for index, row in enumerate(rows):
         for buffer, held in zip(near, row._near(), strict=True):
             buffer[index, :, : row.near_length] = held
-        for place, chunk in enumerate(row._archive.chunks):
-            segment, slot = stores[index][0]._locate(chunk)
-            addresses[index, place] = stores[index][0]._segments[segment][slot].data_ptr()
+        addresses[index, : row.chunks] = row._archive.addresses()
     near = [x.to(DEVICE) for x in near]
     counts = torch.tensor([[row.near_length + 1, row.chunks, 1, 0] for row in rows], dtype=torch.int32)
     layer = DecodeLayer(
@@ -95,15 +89,12 @@ def random_step(batch: int, heads: int, repeats: int, width: int, dtype: torch.d
     return query.to(dtype), keys.to(dtype), values.to(dtype)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 is the CPU's")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "fp8"])
 def test_reference_equals_routed_path(name: str) -> None:
     config, heads, repeats, width = CONFIGS[name], 2, 3, 16
-    if name == "fp8":
-        pytest.skip("the same but for rounding")
-    row, stores = filled_row(config.replace(summary_dtype="model"), 301, heads, width, torch.float64)
-    layer, counts = decode_layer(config, [row], [stores], repeats)
-    if DEVICE == "cuda":
-        pytest.skip("float64 is the CPU's")
+    row = filled_row(config.replace(summary_dtype="model"), 301, heads, width, torch.float64)
+    layer, counts = decode_layer(config, [row], repeats)
     query, keys, values = random_step(1, heads, repeats, width, torch.float64)
     out = attend_decode(query, keys, values, layer, counts, config, 0.3)
     row.append(keys[0], values[0])
@@ -117,12 +108,13 @@ def test_kernels_equal_reference(name: str) -> None:
     from hga.ops.kernels import decode as kernels
 
     config, heads, repeats, width, dtype = CONFIGS[name], 2, 3, 24, torch.float32
-    made = [filled_row(config, length, heads, width, dtype) for length in (301, 157)]
-    layer, counts = decode_layer(config, [row for row, _ in made], [stores for _, stores in made], repeats)
-    for _ in range(3):
+    lengths = (3900, 157) if name == "long" else (301, 157)
+    rows = [filled_row(config, length, heads, width, dtype) for length in lengths]
+    layer, counts = decode_layer(config, rows, repeats)
+    for _ in range(2):
         query, keys, values = random_step(2, heads, repeats, width, dtype)
         out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
         expected = attend_decode(query, keys, values, layer, counts, config, 0.3)
-        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
         counts[:, 0] += 1
         counts[:, 2] += 1

@@ -416,7 +416,7 @@ if find_spec("triton"):
     from triton import language as tl
 
     @triton.jit
-    def copy_by_address(addresses, out, numbers, BLOCK: tl.constexpr):  # noqa: N803
+    def copy_by_address(addresses, out, numbers, BLOCK: tl.constexpr):
         record, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         source = tl.load(addresses + record).to(tl.pointer_type(tl.int16))
         place = part * BLOCK + tl.arange(0, BLOCK)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hga.ops.closing import pack_records
 from hga.store import MemoryStore, RecordLayout
 
 LAYOUT = RecordLayout(kv_heads=3, groups=4, group_size=2, head_dim=5, dtype=torch.float32, ordered=True)
@@ -21,7 +22,7 @@ def _store() -> MemoryStore:
 
 def test_a_group_is_one_contiguous_run_of_keys_then_values():
     keys, values, _ = _chunks(1)
-    packed = LAYOUT.pack(keys, values)
+    packed = pack_records(keys, values, LAYOUT.group_size)
     assert packed.shape == (1, *LAYOUT.shape)
     assert packed[0, 1, 2].is_contiguous()
     assert torch.equal(packed[0, 1, 2, 0], keys[0, 1, 4:6])
@@ -43,7 +44,7 @@ def test_bytes_are_exact_and_one_byte_types_count_their_scales():
 def test_read_and_fetch_over_growing_segments(count):
     store = _store()
     keys, values, order = _chunks(count)
-    packed = LAYOUT.pack(keys, values)
+    packed = pack_records(keys, values, LAYOUT.group_size)
     ids = [
         chunk
         for start in range(0, count, 7)
@@ -71,7 +72,7 @@ def test_read_and_fetch_over_growing_segments(count):
 def test_sharing_counts_a_chunk_once_and_frees_it_with_its_last_holder():
     store = _store()
     keys, values, order = _chunks(3)
-    ids = store.append(LAYOUT.pack(keys, values), order)
+    ids = store.append(pack_records(keys, values, LAYOUT.group_size), order)
     one = LAYOUT.chunk_bytes + LAYOUT.order_bytes
     store.retain(ids[:2])
     assert store.held_bytes() == {"ram": 3 * one}
@@ -79,7 +80,7 @@ def test_sharing_counts_a_chunk_once_and_frees_it_with_its_last_holder():
     assert store.held_bytes() == {"ram": 2 * one}
     with pytest.raises(KeyError, match="not held"):
         store.read([ids[2]])
-    again = store.append(LAYOUT.pack(keys[:1], values[:1]), order[:1])
+    again = store.append(pack_records(keys[:1], values[:1], LAYOUT.group_size), order[:1])
     assert again == [ids[2]]  # its place is reused
     store.release(ids[:2] + again)
     assert store.held_bytes() == {"ram": 0}
@@ -88,7 +89,7 @@ def test_sharing_counts_a_chunk_once_and_frees_it_with_its_last_holder():
 def test_records_of_another_layout_are_refused():
     store = _store()
     keys, values, order = _chunks(1)
-    packed = LAYOUT.pack(keys, values)
+    packed = pack_records(keys, values, LAYOUT.group_size)
     with pytest.raises(ValueError, match="do not fit this store's layout"):
         store.append(packed.double(), order)
     with pytest.raises(ValueError, match="do not fit this store's layout"):

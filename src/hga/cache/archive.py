@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from hga.cache.kernels import find_closing
 from hga.cache.layout import record_layout
 from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
-from hga.ops.ordering import content_order
-from hga.ops.precision import compute_dtype
+from hga.ops.precision import resolve_summary_dtype
 from hga.store import RecordLayout, Store
 
 _STREAMED_CHUNKS = 8
+_STAGED_BYTES = 32 << 20  # of each of the two buffers that records are streamed through
 
 OpenStore = Callable[[RecordLayout], Store]
 
@@ -27,7 +29,10 @@ class Archive:
     ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
         self._config = config
-        self.summaries = Summaries(config, like.dtype, inverse_frequencies)
+        self._inverse_frequencies = inverse_frequencies
+        self._summary_dtype = resolve_summary_dtype(config.summary_dtype, like.dtype)
+        self._close_chunks = find_closing(config, like.dtype, like.device)
+        self.summaries = Summaries(config)
         self.chunks: list[int] = []
         self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
@@ -37,17 +42,19 @@ class Archive:
     def close(self, keys: Tensor, values: Tensor) -> None:
         """Close whole chunks, (Hkv, n C, D) in position order: order tokens, summarise, hand K/V to the store."""
         config = self._config
-        # (n, Hkv, C, D): a chunk is a record, so chunks come first.
-        keys, values = (x.unflatten(1, (-1, config.chunk_size)).transpose(0, 1) for x in (keys, values))
-        order = None
-        if config.ordering == "content":
-            order = content_order(keys, values, config.group_size)
-            index = order[..., None].expand_as(keys)
-            keys, values = keys.gather(2, index), values.gather(2, index)
-            order = order.to(torch.int16)
-        self._set_chunks(self.chunks + self._store.append(self._store.layout.pack(keys, values), order))
-        work = compute_dtype(keys.dtype)
-        self.summaries.append(*(x.transpose(0, 1).flatten(1, 2).to(work) for x in (keys, values)))
+        closed = self._close_chunks(
+            keys,
+            values,
+            chunk_size=config.chunk_size,
+            group_size=config.group_size,
+            node_size=config.node_size,
+            ordering=config.ordering,
+            summary_dtype=self._summary_dtype,
+            far_field=config.far_field,
+            inverse_frequencies=self._inverse_frequencies,
+        )
+        self._set_chunks(self.chunks + self._store.append(closed.records, closed.order))
+        self.summaries.append(closed)
 
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""
@@ -70,6 +77,45 @@ class Archive:
             records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS], self._device)
             keys, values = self._store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+
+    def stage(self) -> Tensor:
+        """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks."""
+        records = self._records(len(self.chunks))
+        self._store.stage(self.chunks, records)
+        return records
+
+    def stream_records(self) -> Iterator[Tensor]:
+        """All records, some chunks (n, Hkv, G, 2, g, D) at a time, on a GPU, the next ones copied meanwhile.
+
+        What is yielded is valid until the next but one is asked for, for work on the current stream.
+        """
+        per_piece = max(1, _STAGED_BYTES // self._store.layout.chunk_bytes)
+        pieces = [self.chunks[start : start + per_piece] for start in range(0, len(self.chunks), per_piece)]
+        buffers = [self._records(min(per_piece, len(self.chunks))) for _ in pieces[:2]]
+        current, side = torch.cuda.current_stream(self._device), _staging_stream(self._device)
+        side.wait_stream(current)  # the buffers' memory may still be in use there
+        used: list[torch.cuda.Event] = []
+        ready: list[torch.cuda.Event] = []
+
+        def fill(index: int) -> None:
+            with torch.cuda.stream(side):
+                if index >= 2:
+                    side.wait_event(used[index - 2])
+                self._store.stage(pieces[index], buffers[index % 2][: len(pieces[index])])
+                ready.append(side.record_event())
+
+        for index, piece in enumerate(pieces):
+            if index == 0:
+                fill(0)
+            if index + 1 < len(pieces):
+                fill(index + 1)
+            current.wait_event(ready[index])
+            yield buffers[index % 2][: len(piece)]
+            used.append(current.record_event())
+
+    def _records(self, chunks: int) -> Tensor:
+        layout = self._store.layout
+        return torch.empty((chunks, *layout.shape), dtype=layout.dtype, device=self._device)
 
     def places(self, groups: Tensor) -> Tensor:
         """Where groups, counted from the archive's start, are in the store: (Hkv, U) -> (Hkv, U)."""
@@ -102,3 +148,9 @@ class Archive:
     def _set_chunks(self, chunks: list[int]) -> None:
         self.chunks = chunks
         self._table = torch.tensor(chunks, dtype=torch.int64, device=self._device)
+
+
+@functools.cache
+def _staging_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which records come from host memory, beside the model's work."""
+    return torch.cuda.Stream(device)

@@ -24,10 +24,11 @@ class CacheStats:
     """What a cache holds where, in bytes, and what its queries attended.
 
     tokens: tokens seen by a row, padding included. summary_bytes, window_bytes (sink, window, unclosed tokens),
-    working_bytes (most K/V fetched at once): beside the model; device_bytes is their sum, plus the archive when
-    store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed layers would take.
-    summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of the context
-    attended exactly by a query head; fetched: the same for the unique tokens of a KV head.
+    working_bytes (most K/V fetched at once, groups cached for decoding): beside the model; device_bytes is their
+    sum, plus the archive when store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed
+    layers would take. summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of
+    the context attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate:
+    share of the groups that decoding kernels found cached beside the model, 0 where none has run.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class CacheStats:
     queries: int
     attended: float
     fetched: float
+    hit_rate: float
 
 
 class HGACache(DynamicCache):
@@ -50,6 +52,8 @@ class HGACache(DynamicCache):
     """
 
     hga_config: HGAConfig
+    stepper: Any
+    """What the integration keeps between decode steps: a captured graph."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -73,7 +77,11 @@ class HGACache(DynamicCache):
         layers = self.routed
         summaries = sum(layer.summary_bytes() for layer in layers)
         windows = sum(layer.window_bytes() for layer in layers)
+        # Fetched K/V of one layer at a time; what decoding keeps is there for all layers at once.
         working = max((layer.counters.working_bytes for layer in layers), default=0)
+        working += sum(layer.cached_bytes() for layer in layers) + self.decoding.held_bytes()
+        traffic = [layer.traffic() for layer in layers]
+        hits, asked = sum(hit for hit, _, _ in traffic), sum(hit + miss for hit, miss, _ in traffic)
         held = [layer.store_bytes() for layer in layers]
         beside = summaries + windows + working + sum(tiers.get("device", 0) for tiers in held)
         queries = sum(layer.counters.queries for layer in layers)
@@ -94,6 +102,7 @@ class HGACache(DynamicCache):
             queries=queries // max(1, len(layers)),
             attended=sum(layer.counters.attended for layer in layers) / max(1, queries),
             fetched=sum(layer.counters.fetched for layer in layers) / max(1, queries),
+            hit_rate=hits / max(1, asked),
         )
 
     def reset_counters(self) -> None:
@@ -155,7 +164,7 @@ class HGACache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
         self.stepper = None
 
@@ -171,7 +180,7 @@ class HGACache(DynamicCache):
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
         handshake, limit = Handshake(), position_limit(decoder)
         self.decoding = Decoding()
-        self.stepper: Any = None
+        self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         for index in routed_layers(decoder, self.hga_config):
             frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None

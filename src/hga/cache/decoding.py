@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass, field
 
 import torch
@@ -16,19 +14,7 @@ from hga.config import HGAConfig
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
 from hga.ops.precision import Rows
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _COPIES_IN_FLIGHT = 64
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def kernels_serve(config: HGAConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether single tokens are decoded by kernels: a CUDA device, 16 or 32 bits, plain mean summaries."""
-    return device.type == "cuda" and has_triton() and dtype in KERNEL_DTYPES and config.summary == "mean"
 
 
 @dataclass
@@ -217,18 +203,20 @@ def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:
     if not rows[0].length:
         return None
     held = [row.buffers for row in rows]
-    if len(rows) == 1:
-        return Rows(held[0].data[None], None if held[0].scale is None else held[0].scale[None])
-    capacity = max(one.data.shape[1] for one in held)
-    stacked = [
-        None
-        if held[0][part] is None
-        else held[0][part].new_empty(len(rows), held[0][part].shape[0], capacity, held[0][part].shape[2])
-        for part in range(2)
-    ]
+    data = _stack_grown([one.data for one in held])
+    scale = _stack_grown([one.scale for one in held if one.scale is not None])
+    assert data is not None
     for index, row in enumerate(rows):
-        for part, whole in enumerate(stacked):
-            if whole is not None:
-                whole[index, :, : row.length] = held[index][part][:, : row.length]
-        row.move_to(Rows(stacked[0][index], None if stacked[1] is None else stacked[1][index]))
-    return Rows(*stacked)
+        row.move_to(Rows(data[index], None if scale is None else scale[index]))
+    return Rows(data, scale)
+
+
+def _stack_grown(buffers: list[Tensor]) -> Tensor | None:
+    """Buffers (Hkv, capacity, ...) of several capacities as one (B, Hkv, largest, ...); no copy for a single row."""
+    if len(buffers) <= 1:
+        return buffers[0][None] if buffers else None
+    heads, _, width = buffers[0].shape
+    stacked = buffers[0].new_empty(len(buffers), heads, max(x.shape[1] for x in buffers), width)
+    for index, buffer in enumerate(buffers):
+        stacked[index, :, : buffer.shape[1]] = buffer
+    return stacked

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hga.cache.decoding import Decoding, LayerDecoder, kernels_serve
+from hga.cache.decoding import Decoding, LayerDecoder
 from hga.cache.families import fingerprint
+from hga.cache.kernels import kernels_serve
 from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row

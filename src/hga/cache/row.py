@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
+from hga.cache.block import attend_exact_block, attend_routed_block
+from hga.cache.kernels import kernels_serve
 from hga.cache.layout import closed_chunks
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed, pending_groups
 from hga.config import TILE_TOKENS, HGAConfig
@@ -131,7 +133,7 @@ class Row:
                 setattr(self, name, moved)
         self.length += 1
         # What a union of R choices fetches is counted by the kernels.
-        self._count(self.length - 1, 1, None, 0)
+        self._count(self.length - 1, 1, self.chunks, None, 0)
 
     def take_back_token(self) -> None:
         """Undo `begin_token`: the step failed."""
@@ -156,22 +158,53 @@ class Row:
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
         out = torch.empty_like(query)
-        query = query.to(compute_dtype(query.dtype)) * scoring.scale
         exact = config.prefill == "exact" and tokens > 1
         routed_from = self.length if exact else min(max(first, config.dense_positions), self.length)
+        by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
+        if by_kernels and first < routed_from:
+            out[:, :, : routed_from - first] = self._attend_exact(query[:, :, : routed_from - first], first, scoring)
+            first = routed_from
+        if by_kernels and first < self.length and config.selection == "shared":
+            out[:, :, first - self.length :] = self._attend_block(query[:, :, first - self.length :], first, scoring)
+            first = self.length
+        if first < self.length:
+            query = query[:, :, first - self.length :].to(compute_dtype(query.dtype)) * scoring.scale
+            self._attend_by_tiles(query, first, routed_from, scoring, out[:, :, first - self.length :])
+        if self.length >= config.dense_positions:
+            self._close(closed_chunks(config, self.length))
+        return out
+
+    def _attend_by_tiles(self, query: Tensor, first: int, routed_from: int, scoring: Scoring, out: Tensor) -> None:
+        """Attend scaled queries in PyTorch, densely below `routed_from`, tile by tile from there."""
+        config = self._config
         for start, stop in _blocks(first, routed_from, self._dense_block(query)):
             here = slice(start - first, stop - first)
-            out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring).to(out.dtype)
+            out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring)
         while routed_from < self.length:
             stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
             self._close(closed_chunks(config, routed_from))
             for start, end in _blocks(routed_from, stop, self._routed_block(query)):
                 here = slice(start - first, end - first)
-                out[:, :, here] = self._attend_routed(query[:, :, here], start, scoring).to(out.dtype)
+                out[:, :, here] = self._attend_routed(query[:, :, here], start, scoring)
             routed_from = stop
-        if self.length >= config.dense_positions:
-            self._close(closed_chunks(config, self.length))
-        return out
+
+    def _attend_exact(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
+        """`_attend_dense` by kernels, queries not scaled."""
+        self._counters.add_dense(query.shape[2])
+        return attend_exact_block(query, self._near(), self._index_of(first), self._archive, scoring)
+
+    def _attend_block(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
+        """`_attend_routed` by kernels for all tiles of a block that ends with the row, queries not scaled."""
+        config = self._config
+        keys, values = self._near()
+        near = (keys.clone(), values.clone())  # closing moves the tokens behind a closed chunk
+        self._close(closed_chunks(config, self.length - 1))
+        start = first
+        while start < self.length:
+            stop = min(self.length, (start // TILE_TOKENS + 1) * TILE_TOKENS)
+            self._count(start, stop - start, closed_chunks(config, start), None, 0)
+            start = stop
+        return attend_routed_block(config, query, near, self._archive, first, scoring)
 
     def _attend_dense(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Attend to everything before each query: `near` causally, the archive streamed."""
@@ -194,21 +227,22 @@ class Row:
         near = Near(keys, values, place)
         archive = self._archive if self.chunks else None
         routed = attend_routed(self._config, query, near, archive, scoring, self._inverse_frequencies)
-        self._count(first, queries, routed.unique_opened, routed.fetched_bytes)
+        self._count(first, queries, self.chunks, routed.unique_opened, routed.fetched_bytes)
         return routed.output
 
-    def _count(self, first: int, queries: int, unique: Tensor | None, fetched_bytes: int) -> None:
+    def _count(self, first: int, queries: int, chunks: int, unique: Tensor | None, fetched_bytes: int) -> None:
         """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
         config = self._config
-        archived = self.chunks * config.chunk_size // config.group_size
+        archived = chunks * config.chunk_size // config.group_size
         unions = None if unique is None else unique.tolist()
         for query in range(queries):
-            index = self._index_of(first + query)
+            position = first + query
+            index = position if position < config.sink_tokens else position - chunks * config.chunk_size
             pending = pending_groups(config, index)
             opened = min(pending + archived, config.routed_groups) * config.group_size
             always = index + 1 - pending * config.group_size
             fetched = always + (opened if unions is None else unions[query])
-            self._counters.add(first + query + 1, always + opened, fetched)
+            self._counters.add(position + 1, always + opened, fetched)
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
 
     def _dense_block(self, query: Tensor) -> int:

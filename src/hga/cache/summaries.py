@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.precision import Rows, decode_rows, encode_rows, resolve_summary_dtype
+from hga.ops.closing import Closed
+from hga.ops.precision import Rows, decode_rows
 from hga.ops.routing import take_rows
-from hga.ops.summaries import mean_rows, summarise_keys
 
 DECODED_AT_ONCE = 2048  # rows a KV head: a block that a CPU's cache holds
 _GROWTH = 8  # capacity grows by an eighth: little slack, few copies
@@ -19,22 +19,20 @@ _GROWTH = 8  # capacity grows by an eighth: little slack, few copies
 class GrowingRows:
     """Encoded rows (Hkv, n, D) that grow at the end, by whole units of `unit` rows, and can be cut there."""
 
-    def __init__(self, dtype: torch.dtype, unit: int = 1) -> None:
-        self._dtype = dtype
+    def __init__(self, unit: int = 1) -> None:
         self._unit = unit
         self._data: Tensor | None = None
         self._scale: Tensor | None = None
         self.length = 0
 
-    def append(self, rows: Tensor) -> None:
-        """Encode and keep float rows (Hkv, n, D)."""
-        encoded = encode_rows(rows, self._dtype)
-        end = self.length + rows.shape[1]
-        self._data = self._grown(self._data, encoded.data)
-        self._data[:, self.length : end] = encoded.data
-        if encoded.scale is not None:
-            self._scale = self._grown(self._scale, encoded.scale)
-            self._scale[:, self.length : end] = encoded.scale
+    def append(self, rows: Rows) -> None:
+        """Keep encoded rows (Hkv, n, D); all appended rows are of one type."""
+        end = self.length + rows.data.shape[1]
+        self._data = self._grown(self._data, rows.data)
+        self._data[:, self.length : end] = rows.data
+        if rows.scale is not None:
+            self._scale = self._grown(self._scale, rows.scale)
+            self._scale[:, self.length : end] = rows.scale
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -56,6 +54,11 @@ class GrowingRows:
             scale = take_rows(scale.unflatten(1, (-1, self._unit)), ids)
         return decode_rows(Rows(take_rows(data, ids), scale), dtype).flatten(1, 2)
 
+    def held(self) -> Rows:
+        """The encoded rows in use (Hkv, n, D)."""
+        data, scale = self.buffers
+        return Rows(data[:, : self.length], None if scale is None else scale[:, : self.length])
+
     @property
     def buffers(self) -> Rows:
         """The whole buffers (Hkv, capacity, D), what is not in use included."""
@@ -67,7 +70,7 @@ class GrowingRows:
 
     def clone(self) -> GrowingRows:
         """An independent copy."""
-        twin = GrowingRows(self._dtype, self._unit)
+        twin = GrowingRows(self._unit)
         twin.length = self.length
         twin._data = None if self._data is None else self._data[:, : self.length].clone()
         twin._scale = None if self._scale is None else self._scale[:, : self.length].clone()
@@ -102,24 +105,21 @@ class Summaries:
     kept a node, not a group: measured to cost nothing, at half the bytes (docs/fidelity.md).
     """
 
-    def __init__(self, config: HGAConfig, kv_dtype: torch.dtype, inverse_frequencies: Tensor | None) -> None:
+    def __init__(self, config: HGAConfig) -> None:
         self._config = config
-        self._inverse_frequencies = inverse_frequencies
-        dtype = resolve_summary_dtype(config.summary_dtype, kv_dtype)
-        self.node_keys = GrowingRows(dtype)
-        self.node_values = GrowingRows(dtype)
-        self.group_keys = GrowingRows(dtype, config.node_size // config.group_size)
+        self.node_keys = GrowingRows()
+        self.node_values = GrowingRows()
+        self.group_keys = GrowingRows(config.node_size // config.group_size)
         self.chunks = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Summarise closed chunks, rows in group order: keys, values (Hkv, n * C, D) in the compute type."""
-        config = self._config
-        self.node_keys.append(summarise_keys(keys, config.node_size, self._inverse_frequencies))
-        if config.far_field:
-            self.node_values.append(mean_rows(values, config.node_size))
-        if config.two_level:
-            self.group_keys.append(summarise_keys(keys, config.group_size, self._inverse_frequencies))
-        self.chunks += keys.shape[1] // config.chunk_size
+    def append(self, closed: Closed) -> None:
+        """Keep the summaries of closed chunks."""
+        self.node_keys.append(closed.node_keys)
+        if closed.node_values is not None:
+            self.node_values.append(closed.node_values)
+        if closed.group_keys is not None:
+            self.group_keys.append(closed.group_keys)
+        self.chunks += closed.records.shape[0]
 
     def truncate(self, chunks: int) -> None:
         """Forget all chunks but the first `chunks`."""

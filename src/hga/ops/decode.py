@@ -22,18 +22,30 @@ from hga.ops.summaries import mean_rows
 NEAR_LENGTH, CLOSED_CHUNKS, STEP = 0, 1, 2
 """Columns of the counts (B, 4) int32: tokens in `near`, the new one included; closed chunks; a number that grows."""
 
-NEAR_SPLITS, CACHED_SPLITS = 8, 16
+NEAR_SPLITS, CACHED_SPLITS = 8, 32
 """Parts of a step's attention to `near` and to opened groups; the far field has `Scratch.splits`."""
 
-_SELECTION_SPLITS = 16
+_PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
+_MANY_UNITS = 1 << 15
 _BINS = 512
 _NEVER_USED = -(1 << 20)
+
+
+def padded_width(head_dim: int) -> int:
+    """D as kernels compute it: a power of two, 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def pending_capacity(config: HGAConfig) -> int:
     """Most groups by position between archive and window, a multiple of 32: chunks close at tile starts."""
     most = -(-(config.chunk_size + TILE_TOKENS) // config.group_size)
     return -(-most // 32) * 32
+
+
+def _selection_splits(columns: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return _SELECTION_SPLITS * (2 if columns > _MANY_UNITS else 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Choice:
             peaks=floats(lines, parts),
             totals=floats(lines, parts),
             mass=ints(selectors, columns),
-            histogram=ints(selectors, _SELECTION_SPLITS, _BINS),
+            histogram=ints(selectors, _selection_splits(columns, device), _BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
             found=ints(selectors, 4),
@@ -104,7 +116,10 @@ class Scratch:
         """Scratch for contexts of up to `chunks` closed chunks a row."""
         lines = batch * kv_heads * repeats
         selectors = batch * kv_heads * (repeats if config.selection == "per_head" else 1)
-        splits = max(4, min(64, 1 << int(math.log2(max(1, 256 / selectors)))))
+        programs = _PROGRAMS if device.type == "cuda" else 8  # the interpreter runs one after another
+        if chunks * config.chunk_size // config.node_size > _MANY_UNITS:
+            programs *= 2
+        splits = max(2, min(128, 1 << int(math.log2(max(1, programs / selectors)))))
         parts, first = splits + 1, pending_capacity(config)
         nodes, columns = None, first + chunks * config.chunk_size // config.group_size
         if config.two_level:
@@ -121,7 +136,7 @@ class Scratch:
             places=torch.zeros_like(groups.chosen),
             peaks=torch.empty(lines, total, device=device),
             totals=torch.empty(lines, total, device=device),
-            sums=torch.empty(lines, total, 1 << (head_dim - 1).bit_length(), device=device),
+            sums=torch.empty(lines, total, padded_width(head_dim), device=device),
         )
 
     def held_bytes(self) -> int:

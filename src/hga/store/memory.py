@@ -83,6 +83,12 @@ class MemoryStore:
                 order[run.chunks].copy_(self._orders[run.segment][run.slots], non_blocking=target.type != "cpu")
         return records, None if order is None else order.long()
 
+    def stage(self, ids: list[int], out: Tensor) -> None:
+        """See `Store.stage`. Neighbours come in one copy."""
+        self.wait()
+        for run in self._runs([self._held(chunk) for chunk in ids]):
+            out[run.chunks].copy_(self._segments[run.segment][run.slots], non_blocking=True)
+
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`. Keys and values go straight to their places: one copy, a head and a segment at a time."""
         self._settle()

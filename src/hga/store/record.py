@@ -53,13 +53,8 @@ class RecordLayout:
         """Bytes of one chunk's permutations (int16 a token and KV head), 0 without content ordering."""
         return 2 * self.kv_heads * self.tokens if self.ordered else 0
 
-    def pack(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Lay chunks out: keys, values (N, Hkv, C, D) in group order -> (N, Hkv, G, 2, g, D)."""
-        both = torch.stack([x.unflatten(2, (self.groups, self.group_size)) for x in (keys, values)], 3)
-        return both.contiguous()
-
     def unpack(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """Undo `pack`: (N, Hkv, G, 2, g, D) -> keys, values (N, Hkv, C, D) in group order."""
+        """Records (N, Hkv, G, 2, g, D) -> keys, values (N, Hkv, C, D) in group order."""
         keys, values = records.unbind(3)
         return keys.flatten(2, 3), values.flatten(2, 3)
 
@@ -85,6 +80,10 @@ class Store(Protocol):
 
         On a GPU they are ready for its current stream. KeyError for a chunk that is not held.
         """
+        ...
+
+    def stage(self, ids: list[int], out: Tensor) -> None:
+        """Copy whole chunks to `out` (N, Hkv, G, 2, g, D) on a GPU, in order, on its current stream."""
         ...
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

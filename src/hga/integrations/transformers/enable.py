@@ -17,7 +17,7 @@ from hga.cache import HGACache
 from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
-from hga.integrations.transformers.step import Stepper, is_on_one_gpu
+from hga.integrations.transformers.step import Stepper, can_capture
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _STATE = "_hga_enabled"
@@ -106,7 +106,7 @@ def _forward(
         plain = _is_plain_step(attention_mask, position_ids, kwargs) and cache.can_begin_token()
         if plain and not cache.has_padding(None if attention_mask is None else attention_mask.bool()):
             if cache.stepper is None:
-                cache.stepper = Stepper(capturable=is_on_one_gpu(model))
+                cache.stepper = Stepper(capturable=can_capture(model))
             return cache.stepper.step(functools.partial(call, attention_mask=None), cache, input_ids, position_ids)
     blocks = -(-count // hga_config.block_tokens)
     if blocks <= 1 or not isinstance(cache, HGACache) or not _splittable(attention_mask, logits_to_keep, kwargs):

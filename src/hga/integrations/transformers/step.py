@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +26,13 @@ class StepGraph:
         """Inside `cache.begin_token()`: the captured step may run again and again for one token."""
         self.generation = cache.decoding.generation
         self._ids, self._positions = input_ids.clone(), position_ids.clone()
-        stream = torch.cuda.Stream()
+        stream = _capture_stream(input_ids.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and makes the libraries allocate
             forward(input_ids=self._ids, position_ids=self._positions)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._out = forward(input_ids=self._ids, position_ids=self._positions)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Any:
@@ -42,6 +43,15 @@ class StepGraph:
         out = copy.copy(self._out)
         out.logits = self._out.logits.clone()  # the next replay overwrites them
         return out
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for each stream that they see.
+
+    Of high priority, so that the chain of small kernels overtakes what is launched beside it.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Stepper:
@@ -81,7 +91,12 @@ class Stepper:
             return None
 
 
-def is_on_one_gpu(model: Any) -> bool:
-    """Whether a model's step can be captured at all: every weight on one CUDA device, and no offloading hooks."""
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return len(devices) <= 1 and all(parameter.device.type == "cuda" for parameter in model.parameters())
+def can_capture(model: Any) -> bool:
+    """Whether a model's step can be captured at all: every weight on one CUDA device. Logs why not."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    devices |= {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values() if place != ""}
+    kinds = {device if device.isalpha() else "cuda" for device in devices}
+    if kinds != {"cuda"} or len({str(parameter.device) for parameter in model.parameters()}) > 1:
+        _log.info("decoding without a CUDA graph: the weights are spread over %s", ", ".join(sorted(devices)))
+        return False
+    return True

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, pending_capacity
+from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, padded_width, pending_capacity
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
     attend_far_kernel,
@@ -26,6 +28,7 @@ from hga.ops.precision import Rows
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _FETCH_PROGRAMS = 32
+_SELECTION_BLOCK = 1024  # of both passes over the columns: their splits must be the same columns
 
 
 def _widened(dtype: torch.dtype) -> tl.dtype:
@@ -50,7 +53,7 @@ class _Step:
         repeats = self.heads // self.kv_heads
         self.selectors_each = repeats if config.selection == "per_head" else 1
         self.selectors = self.problems * self.selectors_each
-        self.wide = 1 << (self.width - 1).bit_length()
+        self.wide = padded_width(self.width)
         self.first = pending_capacity(config)
         self.per_node = config.node_size // config.group_size if config.two_level else 0
         self.tile = {
@@ -87,8 +90,10 @@ def attend_decode(
         _choose(step, listed, units=units, first=0)
         _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
         _choose(step, groups, units=0, first=step.first, listed=listed)
+    with _beside(query.device) as join:
+        used = _attend_unfetched(step, query, groups, listed, scale, cap)
     _fetch(step, groups, listed)
-    return _attend(step, query, groups, listed, scale, cap, sinks)
+    return _attend_fetched(step, query, groups, scale, cap, sinks, used, join)
 
 
 def _score(
@@ -173,10 +178,11 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         PARTS=parts,
         PARTS_B=1 << (parts - 1).bit_length(),
         SPLITS=splits,
-        BLOCK=512,
+        BLOCK=_SELECTION_BLOCK,
         GROUP=config.group_size,
         PER_NODE=per_node,
         FIRST=first,
+        num_warps=8,
     )
     collect_kernel[grid](
         choice.mass,
@@ -193,9 +199,10 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         units,
         SELECTORS=step.selectors_each,
         SPLITS=splits,
-        BLOCK=512,
+        BLOCK=_SELECTION_BLOCK,
         PER_NODE=per_node,
         FIRST=first,
+        num_warps=8,
     )
     resolve_kernel[(step.selectors,)](
         choice.mass,
@@ -237,7 +244,7 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         groups.keep,
         SELECTORS=step.selectors_each,
         SLOTS_B=1 << (count - 1).bit_length(),
-        BLOCK=256,
+        BLOCK=512,
         PER_NODE=step.per_node,
         FIRST=step.first,
     )
@@ -259,10 +266,25 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
     )
 
 
-def _attend(
-    step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float, sinks: Tensor | None
-) -> Tensor:
-    """Attend to near tokens, cached groups and the far field, each in `splits` parts, and merge them."""
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Launch beside what follows, where a graph is being captured; call the result before reading what was written."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=0)
+
+
+def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float) -> int:
+    """Attend to near tokens and the far field, which need nothing from the store; returns the parts in use."""
     config, layer, scratch = step.config, step.layer, step.layer.scratch
     splits, parts = scratch.splits, scratch.peaks.shape[1]
     dtype = _TYPES[query.dtype]
@@ -277,10 +299,13 @@ def _attend(
         encoding = {"FP8": fp8, "BY_BITS": _lacks_fp8(query.device), "DTYPE": _widened(query.dtype) if fp8 else dtype}
         two_level = scratch.nodes is not None
         of_units = (listed.scores, listed.mass, listed.scores.shape[1], listed.limits) if two_level else of_groups
+        pending = 0 if two_level else 1
         attend_far_kernel[(step.selectors, splits)](
             *stored,
             step.counts,
             *of_units,
+            listed.peaks if two_level else groups.peaks,
+            splits + pending,
             *into,
             step.kv_heads,
             config.chunk_size // config.node_size,
@@ -289,8 +314,9 @@ def _attend(
             parts,
             used,
             **step.tile,
-            BLOCK=64,
+            BLOCK=128 if fp8 else 64,
             SPLITS=splits,
+            PARTS_B=1 << splits.bit_length(),
             FIRST=0 if two_level else step.first,
             **encoding,
             num_stages=3,
@@ -303,6 +329,8 @@ def _attend(
                 listed.chosen.shape[1],
                 listed.counts,
                 *of_groups,
+                groups.peaks,
+                splits + 1,
                 *into,
                 math.log(config.group_size),
                 step.width,
@@ -311,6 +339,7 @@ def _attend(
                 **step.tile,
                 BLOCK=32,
                 SPLITS=CACHED_SPLITS,
+                PARTS_B=1 << splits.bit_length(),
                 FIRST=step.first,
                 PER_NODE=step.per_node,
                 **encoding,
@@ -339,6 +368,22 @@ def _attend(
         FAR=config.far_field,
         DTYPE=dtype,
     )
+    return used
+
+
+def _attend_fetched(
+    step: _Step,
+    query: Tensor,
+    groups: Choice,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    used: int,
+    join: Callable[[], None],
+) -> Tensor:
+    """Attend to opened groups in their slots, and merge all parts."""
+    config, layer, scratch = step.config, step.layer, step.layer.scratch
+    parts, into = scratch.peaks.shape[1], (scratch.peaks, scratch.totals, scratch.sums)
     attend_cached_kernel[(step.selectors, CACHED_SPLITS)](
         query,
         layer.slots.records,
@@ -356,10 +401,12 @@ def _attend(
         BLOCK=64,
         SPLITS=CACHED_SPLITS,
         GROUP=config.group_size,
-        DTYPE=dtype,
+        DTYPE=_TYPES[query.dtype],
     )
+    join()
     out = torch.empty_like(query)
-    merge_kernel[(query.shape[0] * step.heads,)](
+    share = min(64, step.wide)
+    merge_kernel[(query.shape[0] * step.heads, step.wide // share)](
         *into,
         out if sinks is None else sinks,
         out,
@@ -368,7 +415,9 @@ def _attend(
         step.heads,
         step.width,
         PARTS_B=1 << (used - 1).bit_length(),
+        SHARE=share,
         DB=step.wide,
         SINKS=sinks is not None,
+        num_warps=8,
     )
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hga.ops.kernels.scores import COUNTS, cap_scores, count_pending, find_power, load_summaries, split_range
+from hga.ops.kernels.scores import COUNTS, cap_scores, count_pending, load_summaries, split_range
 from hga.ops.kernels.selection import is_chosen
 
 _NEVER = tl.constexpr(float("-inf"))
@@ -24,19 +24,24 @@ def _fold(peak, total, sums, logits, values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _fold_summaries(peak, total, sums, logits, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """`_fold` with encoded values (K, D): their scales (K,) join the weights, brought near 1 by a power of two."""
-    if not FP8:
-        return _fold(peak, total, sums, logits, values, DTYPE)
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
-    safe = tl.where(new_peak == _NEVER, 0.0, new_peak)
-    shrink = tl.exp(peak - safe)
-    weights = tl.exp(logits - safe[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    factor, inverse = find_power(tl.max(scales, 0))
-    scaled = (weights * (scales * factor)[None, :]).to(DTYPE)
-    sums = sums * shrink[:, None] + tl.dot(scaled, values, input_precision="ieee") * inverse
-    return new_peak, total, sums
+def _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr):
+    """A peak for each row (RB,): its largest score, from the parts that scoring left, less the logarithm of 1,024.
+
+    Weights against it are at most 1,024 times a size, so that float16 still holds those a billion times smaller.
+    """
+    p = tl.arange(0, PARTS_B)
+    mask = (r < ROWS)[:, None] & (p < score_parts)[None, :]
+    tops = tl.max(tl.load(score_peaks + lines[:, None] * score_parts + p[None, :], mask=mask, other=_NEVER), 1)
+    return tl.where(tops == _NEVER, 0.0, tops - 6.931471805599453)
+
+
+@triton.jit
+def _add_summaries(total, sums, weights, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """Add weights (RB, K) times encoded values (K, D) with their scales (K,)."""
+    if FP8:
+        values = values * scales.to(DTYPE)[:, None]
+    sums += tl.dot(weights.to(DTYPE), values, input_precision="ieee")
+    return total + weights, sums
 
 
 @triton.jit
@@ -57,6 +62,8 @@ def attend_far_kernel(
     mass,
     scores_stride,
     limits,
+    score_peaks,
+    score_parts,
     peaks,
     totals,
     out,
@@ -72,6 +79,7 @@ def attend_far_kernel(
     DB: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
@@ -85,8 +93,8 @@ def attend_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = tl.full((RB,), _NEVER, tl.float32)
-    total = tl.zeros((RB,), tl.float32)
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
+    total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -96,9 +104,10 @@ def attend_far_kernel(
         s_mask = (r < ROWS)[:, None] & far[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
         rows = problem.to(tl.int64) * capacity + k
-        data, scale = load_summaries(values, value_scales, rows, far, d, width, FP8, BY_BITS, DTYPE)
-        peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
-    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        weights = tl.exp(s + log_size - peak[:, None])
+        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
+    _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
 @triton.jit
@@ -113,6 +122,8 @@ def attend_listed_far_kernel(
     mass,
     scores_stride,
     limits,
+    score_peaks,
+    score_parts,
     peaks,
     totals,
     out,
@@ -126,6 +137,7 @@ def attend_listed_far_kernel(
     DB: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
     PER_NODE: tl.constexpr,
     FP8: tl.constexpr,
@@ -139,8 +151,8 @@ def attend_listed_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = tl.full((RB,), _NEVER, tl.float32)
-    total = tl.zeros((RB,), tl.float32)
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
+    total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -148,14 +160,16 @@ def attend_listed_far_kernel(
         node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
         rows = problem.to(tl.int64) * capacity + node
         data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        weights = tl.zeros((RB, BLOCK), tl.float32)
         for group in range(PER_NODE):
             column = FIRST + k * PER_NODE + group
             bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=0)
             far = inside & (is_chosen(bits, column, limit, last) == 0)
             s_mask = (r < ROWS)[:, None] & far[None, :]
             s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=s_mask, other=_NEVER)
-            peak, total, sums = _fold_summaries(peak, total, sums, s + log_size, data, scale, FP8, DTYPE)
-    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+            weights += tl.exp(s + log_size - peak[:, None])
+        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
+    _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
 @triton.jit
@@ -288,12 +302,13 @@ def merge_kernel(
     heads,
     width,
     PARTS_B: tl.constexpr,
+    SHARE: tl.constexpr,
     DB: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     """Merge the first `used` parts of one query head; a learned sink logit enters the sum once."""
     line = tl.program_id(0).to(tl.int64)
-    p, d = tl.arange(0, PARTS_B), tl.arange(0, DB)
+    p, d = tl.arange(0, PARTS_B), tl.program_id(1) * SHARE + tl.arange(0, SHARE)
     peak = tl.load(peaks + line * parts + p, mask=p < used, other=_NEVER)
     total = tl.load(totals + line * parts + p, mask=p < used, other=0.0)
     top = tl.max(peak, 0)

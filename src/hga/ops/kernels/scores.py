@@ -88,21 +88,25 @@ def score_pending(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Score queries (ROWS, D) with the float32 means of pending groups; near_start: the row of the first of them."""
+    """Score queries (ROWS, D) with the means of pending groups; near_start: the row of the first of them.
+
+    The score with a mean is the mean of the tokens' scores, whose products are exact.
+    """
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     q_mask = (r < ROWS)[:, None] & (d < width)[None, :]
-    q = tl.load(query + r[:, None] * width + d[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    q = tl.load(query + r[:, None] * width + d[None, :], mask=q_mask, other=0.0)
     peak = tl.full((RB,), float("-inf"), tl.float32)
     total = tl.zeros((RB,), tl.float32)
     for first in range(0, pending, BLOCK):
         k = first + tl.arange(0, BLOCK)
         inside = k < pending
-        mean = tl.zeros((BLOCK, DB), tl.float32)
+        scores = tl.zeros((RB, BLOCK), tl.float32)
         for token in range(GROUP):
             rows = near_start + k * GROUP + token
             mask = inside[:, None] & (d < width)[None, :]
-            mean += tl.load(near_keys + rows[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        scores = tl.dot(q, tl.trans(mean / GROUP), input_precision="ieee") * scale
+            key = tl.load(near_keys + rows[:, None] * width + d[None, :], mask=mask, other=0.0)
+            scores += tl.dot(q, tl.trans(key), input_precision="ieee")
+        scores *= scale / GROUP
         scores = tl.where(inside[None, :], cap_scores(scores, softcap), float("-inf"))
         tl.store(out + k[None, :], scores, mask=(r < ROWS)[:, None] & inside[None, :])
         peak, total = fold_sum(peak, total, scores)
@@ -202,9 +206,9 @@ def score_kernel(
         new_value = tl.load(new_values + problem * width + d, mask=d < width, other=0.0)
         tl.store(near_keys + at, new_key, mask=d < width)
         tl.store(near_values + at, new_value, mask=d < width)
-        # A difference with itself is 0, or NaN for NaN and infinities.
-        odd = (new_key - new_key).to(tl.float32) + (new_value - new_value).to(tl.float32)
-        tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=odd != 0)
+        infinite = float("inf")
+        finite = (tl.abs(new_key.to(tl.float32)) < infinite) & (tl.abs(new_value.to(tl.float32)) < infinite)
+        tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=finite == 0)
         pending = count_pending(near_length, sink, window, GROUP)
         near_start = problem.to(tl.int64) * near_capacity + sink
         peak, total = score_pending(

@@ -12,13 +12,13 @@ import triton.language as tl
 from hga.ops.kernels.scores import COUNTS, count_pending, split_range
 
 BINS = tl.constexpr(512)
-_LOWEST = tl.constexpr((127 - 59) << 3)  # bits >> 20 of 2 ** -59: eight bins an octave from there to 2 ** 5
+_LOWEST = tl.constexpr((127 - 27) << 4)  # bits >> 19 of 2 ** -27: sixteen bins an octave from there to 2 ** 5
 
 
 @triton.jit
 def find_bin(bits):
-    """Histogram bin of masses given by their bits: eight an octave, everything up to 2 ** -59 in bin 0."""
-    return tl.minimum(tl.maximum((bits >> 20) - _LOWEST, 0), BINS - 1)
+    """Histogram bin of masses given by their bits: sixteen an octave, everything up to 2 ** -27 in bin 0."""
+    return tl.minimum(tl.maximum((bits >> 19) - _LOWEST, 0), BINS - 1)
 
 
 @triton.jit
@@ -111,13 +111,10 @@ def collect_kernel(
     row = selector // SELECTORS // kv_heads
     columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
     start, stop = split_range(columns, split, SPLITS, BLOCK)
-    b = tl.arange(0, BINS)
-    seen = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for other in range(SPLITS):
-        part = tl.load(histogram + (selector.to(tl.int64) * SPLITS + other) * BINS + b)
-        seen += part
-        before += tl.where(other < split, part, 0)
+    b, q = tl.arange(0, BINS), tl.arange(0, SPLITS)
+    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * BINS + b[None, :])  # (SPLITS, BINS)
+    seen = tl.sum(parts, 0)
+    before = tl.sum(tl.where((q < split)[:, None], parts, 0), 0)
     from_top = tl.cumsum(seen, 0, reverse=True)
     threshold = tl.max(tl.where(from_top >= keep, b, 0), 0)
     above = tl.sum(tl.where(b > threshold, seen, 0), 0)
@@ -160,14 +157,17 @@ def resolve_kernel(
     chosen += selector * chosen_stride
     digits = tl.arange(0, 32)
     missing = keep - above
-    prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 20, 0)
+    prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 19, 0)
     rounds = tl.where(threshold > 0, 4, 6)  # bin 0 holds many octaves
+    at = tl.arange(0, BLOCK)
+    first_column = tl.load(tied + at, mask=at < count, other=-1)  # mostly there are no others
+    first_bits = tl.load(mass + first_column, mask=first_column >= 0, other=-1)
     for step in range(rounds):
         shift = (rounds - 1 - step) * 5
-        seen = tl.zeros((32,), tl.int32)
-        for first in range(0, count, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            column = tl.load(tied + at, mask=at < count, other=-1)
+        alike = (first_column >= 0) & ((first_bits >> (shift + 5)) == (prefix >> (shift + 5)))
+        seen = tl.histogram((first_bits >> shift) & 31, 32, mask=alike)
+        for first in range(BLOCK, count, BLOCK):
+            column = tl.load(tied + first + at, mask=first + at < count, other=-1)
             bits = tl.load(mass + column, mask=column >= 0, other=-1)
             alike = (column >= 0) & ((bits >> (shift + 5)) == (prefix >> (shift + 5)))
             seen += tl.histogram((bits >> shift) & 31, 32, mask=alike)
@@ -180,8 +180,7 @@ def resolve_kernel(
     equal_before = 0
     last = -1
     for first in range(0, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        column = tl.load(tied + at, mask=at < count, other=-1)
+        column = tl.load(tied + first + at, mask=first + at < count, other=-1)
         bits = tl.load(mass + column, mask=column >= 0, other=-1)
         equal = (column >= 0) & (bits == prefix)
         rank = equal_before + tl.cumsum(equal.to(tl.int32), 0) - 1

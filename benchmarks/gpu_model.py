@@ -1,0 +1,190 @@
+"""Decode of a whole model on one GPU: routed, K/V in host RAM, against dense, K/V on the GPU. Random weights.
+
+    python benchmarks/gpu_model.py --contexts 65536,262144,524288 --rules balanced,lean --steps 600
+
+Qwen3-30B-A3B's shape, bfloat16, batch 1, experts by batched_mm. The context is random K/V put into the caches; then
+`--steps` tokens are decoded. Dense comes twice: as transformers gives it (DynamicCache; `--eager`), and under the same
+CUDA graph with a fixed buffer of K/V, which is the honest baseline. JSON lines, milliseconds a token (p50, p99).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import hga
+from hga.cache.layout import closed_chunks
+
+_FILLED_AT_ONCE = 8192
+
+
+class FixedLayer(DynamicLayer):
+    """Dense K/V in a buffer that never moves: each step writes the same last place, so that a graph can replay it."""
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take a context's K/V (1, Hkv, n, D), the last place free."""
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the last place; returns all K/V."""
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the last place."""
+        return self.keys.shape[2] - 1
+
+
+def attend_all(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """SDPA over all keys, grouped query heads, no mask: the fastest dense decode that PyTorch has."""
+    out = scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=kwargs["scaling"])
+    return out.transpose(1, 2), None
+
+
+def make_model(name: str) -> Any:
+    """The model of a packaged config with random bfloat16 weights on the GPU."""
+    config = AutoConfig.for_model(**json.loads((files("hga") / "data" / "configs" / name).read_text()))
+    config.max_position_embeddings = 1 << 20
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cuda").eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.fill_(1) if "norm" in key else parameter.normal_(0, 0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
+    if hasattr(config, "num_experts"):
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def random_kv(config: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16), torch.randn(
+        shape, device="cuda", dtype=torch.bfloat16
+    )
+
+
+def fill_routed(model: Any, cache: hga.HGACache, context: int) -> None:
+    """Put random K/V into every layer, closing chunks on the way."""
+    for layer in cache.routed:
+        for start in range(0, context, _FILLED_AT_ONCE):
+            keys, values = random_kv(model.config, min(_FILLED_AT_ONCE, context - start))
+            if start == 0:
+                layer.lazy_initialization(keys, values)
+            row = layer.rows[0]
+            row.append(keys[0], values[0])
+            row._close(closed_chunks(cache.hga_config, row.length))
+        layer._seen = context
+
+
+def time_steps(step: Callable[[int], Any], steps: int, skipped: int = 5) -> dict[str, float]:
+    """p50 and p99 of a step, milliseconds, the GPU waited for as generate does."""
+    times = []
+    for index in range(steps + skipped):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step(index)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    times = sorted(times[skipped:])
+    return {"p50_ms": round(times[len(times) // 2], 2), "p99_ms": round(times[int(len(times) * 0.99)], 2)}
+
+
+def time_dense(model: Any, context: int, steps: int, eager: bool) -> dict[str, Any]:
+    """Dense attention over K/V on the GPU, one CUDA graph or as transformers gives it."""
+    ids = torch.randint(0, 1000, (1, 1), device="cuda")
+    position = torch.tensor([[context]], device="cuda")
+    before = torch.cuda.memory_allocated()
+    cache = DynamicCache(config=model.config)
+    for index in range(len(cache.layers)):
+        if eager:
+            cache.update(*random_kv(model.config, context), index)
+        else:
+            cache.layers[index] = FixedLayer()
+            cache.layers[index].hold(*random_kv(model.config, context + 1))
+
+    def forward() -> Any:
+        return model(ids, position_ids=position, past_key_values=cache, use_cache=True)
+
+    held = torch.cuda.memory_allocated() - before
+    if eager:
+        return time_steps(lambda _: forward(), steps) | {"gpu_bytes": held}
+    model.set_attn_implementation("attend_all")
+    for _ in range(3):
+        forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    model.set_attn_implementation("sdpa")
+    return time_steps(lambda _: graph.replay(), steps) | {"gpu_bytes": held}
+
+
+def time_routed(model: Any, rule: str, context: int, steps: int) -> dict[str, Any]:
+    """Routed decode through `hga.enable`'s own path, K/V in host RAM."""
+    config = hga.HGAConfig.preset(rule)
+    before = torch.cuda.memory_allocated()
+    cache = hga.HGACache(config=model.config, hga_config=config)
+    started = time.perf_counter()
+    fill_routed(model, cache, context)
+    torch.cuda.synchronize()
+    filled = time.perf_counter() - started
+    ids = torch.randint(0, 1000, (steps + 5, 1, 1), device="cuda")
+    with hga.enabled(model, config):
+        row = time_steps(lambda index: model(ids[index], past_key_values=cache), steps)
+    stats = cache.stats()
+    row |= {
+        "graph": cache.stepper is not None and cache.stepper._graph is not None,
+        "hit_rate": round(stats.hit_rate, 3),
+        "gpu_bytes": torch.cuda.memory_allocated() - before,
+        "summary_bytes": stats.summary_bytes,
+        "fill_s": round(filled, 1),
+    }
+    cache.reset()
+    return row
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-30b-a3b.json", help="a config packaged with hga")
+    parser.add_argument("--contexts", default="65536,262144,524288")
+    parser.add_argument("--rules", default="balanced,lean")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument(
+        "--eager", action="store_true", help="also dense as transformers gives it, at the first context"
+    )
+    options = parser.parse_args()
+    AttentionInterface.register("attend_all", attend_all)
+    AttentionMaskInterface.register("attend_all", lambda *args, **kwargs: None)
+    machine = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
+    model = make_model(options.model)
+    contexts = [int(x) for x in options.contexts.split(",")]
+
+    def show(rule: str, context: int, row: dict[str, Any]) -> None:
+        print(json.dumps({"rule": rule, "context": context, **row, "model": options.model, **machine}), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    if options.eager:
+        show("dense, eager", contexts[0], time_dense(model, contexts[0], 20, eager=True))
+    for context in contexts:
+        show("dense, graph", context, time_dense(model, context, 50, eager=False))
+        for rule in options.rules.split(","):
+            show(rule, context, time_routed(model, rule, context, options.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A cache that decodes by kernels gives what the same cache gives through PyTorch, whatever happens in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hga import HGAConfig
+from hga.cache import kernels, layer
+from hga.cache.layer import Handshake, HGALayer, LayerShape
+from hga.cache.routed import Scoring
+from hga.store import MemoryStore
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS, REPEATS, WIDTH = 2, 2, 16
+CONFIG = HGAConfig(
+    chunk_size=32, group_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed", dense_below=100
+)
+CONFIGS = {
+    "shared": CONFIG,
+    "per head, device": CONFIG.replace(selection="per_head", store="device"),
+    "two levels": CONFIG.replace(node_size=8, overselection=2),
+}
+
+
+def serve(*args: Any) -> bool:
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # the interpreter reads any memory
+        monkeypatch.setattr(MemoryStore, "gpu_readable", True)
+
+
+def attend(one: HGALayer, query: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
+    keys, values = one.update(keys.clone(), values.clone())
+    return one.attend(query, values, padding, Scoring(0.3))
+
+
+def random_tokens(batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    query = 2 * torch.randn(batch, HEADS * REPEATS, tokens, WIDTH, device=DEVICE)
+    return query, *(torch.randn(batch, HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
+
+
+class Pair:
+    """Two layers that are fed alike: one decodes by kernels, the other through PyTorch."""
+
+    def __init__(self, config: HGAConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        shape = LayerShape(HEADS, HEADS * REPEATS, WIDTH, None)
+        self.fast, self.plain = (HGALayer(config, 0, shape, Handshake()) for _ in range(2))
+        self._monkeypatch = monkeypatch
+
+    def feed(self, batch: int, tokens: int, padding: Tensor | None = None) -> None:
+        parts = random_tokens(batch, tokens)
+        self._monkeypatch.setattr(layer, "kernels_serve", serve)
+        fast = attend(self.fast, *parts, padding)
+        self._monkeypatch.setattr(layer, "kernels_serve", lambda *args: False)
+        plain = attend(self.plain, *parts, padding)
+        torch.testing.assert_close(fast, plain, rtol=0, atol=3e-6)
+
+    def call(self, name: str, *args: Any) -> None:
+        for one in (self.fast, self.plain):
+            getattr(one, name)(*args)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_close_chunks_and_crop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(CONFIGS[name], monkeypatch)
+    pair.feed(1, 118)
+    for _ in range(4):
+        pair.feed(1, 1)
+    assert pair.fast.traffic()[2] > 0, "the kernels have run"
+    pair.feed(1, 67)  # closes chunks
+    pair.feed(1, 1)
+    pair.call("crop", -70)  # reopens them
+    pair.feed(1, 68)  # the same chunks again, other tokens
+    pair.feed(1, 1)
+    pair.feed(1, 1)
+
+
+def test_decoded_tokens_close_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(CONFIG, monkeypatch)
+    pair.feed(1, 174)
+    for _ in range(22):  # a tile starts at 192
+        pair.feed(1, 1)
+    assert pair.fast.rows[0].chunks == pair.plain.rows[0].chunks
+
+
+def test_padded_batch_and_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(CONFIG, monkeypatch)
+    mask = torch.ones(2, 180, dtype=torch.bool, device=DEVICE)
+    mask[1, :37] = False
+    pair.feed(2, 180, mask)
+    for _ in range(2):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        pair.feed(2, 1, mask)
+    pair.call("reorder_cache", torch.tensor([1, 1]))
+    mask = torch.cat([mask, mask.new_ones(2, 1)], 1)[[1, 1]]
+    pair.feed(2, 1, mask)
+
+
+def test_bad_kv_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "kernels_serve", serve)
+    one = HGALayer(CONFIG, 0, LayerShape(HEADS, HEADS * REPEATS, WIDTH, None), Handshake())
+    attend(one, *random_tokens(1, 118))
+    query, keys, values = random_tokens(1, 1)
+    keys[0, 1, 0, 3] = float("inf")
+    attend(one, query, keys, values)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        attend(one, *random_tokens(1, 1))
+
+
+def test_kernels_serve_only_what_they_can() -> None:
+    cuda = torch.device("cuda")
+    assert not kernels.kernels_serve(CONFIG, torch.float32, torch.device("cpu"))
+    assert not kernels.kernels_serve(CONFIG, torch.float64, cuda)
+    assert not kernels.kernels_serve(HGAConfig.preset("paper"), torch.bfloat16, cuda)
+    assert kernels.kernels_serve(CONFIG, torch.bfloat16, cuda)
