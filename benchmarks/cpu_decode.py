@@ -4,7 +4,7 @@
 
 Shape of Qwen3-30B-A3B's layer (32 query heads, 4 KV heads, D 128), float32, random K/V and queries. Two dense
 baselines: SDPA with enable_gqa, and matrix products grouped by KV head (the best dense form we could write; never
-repeat_kv, which is ten times slower). One JSON line a row, medians in milliseconds.
+repeat_kv, which is ten times slower). All steps of a context take turns. One JSON line a row, milliseconds.
 """
 
 from __future__ import annotations
@@ -57,26 +57,29 @@ def decode_step(row: Row, generator: torch.Generator) -> Callable[[], Tensor]:
     return step
 
 
-def median_ms(step: Callable[[], Tensor], repeats: int) -> float:
-    """Median time of a call after two warm-up calls, milliseconds."""
-    times = []
-    for index in range(repeats + 2):
-        started = time.perf_counter()
-        step()
-        if index >= 2:
-            times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
-
-
-def time_dense(context: int, repeats: int, generator: torch.Generator) -> tuple[float, float]:
-    """Medians in milliseconds of the two dense baselines over random K/V: SDPA, grouped products."""
+def dense_steps(context: int, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
+    """The two dense baselines over random K/V of `context` tokens."""
     query = torch.randn(KV_HEADS, REPEATS, HEAD_DIM, generator=generator)
     keys, values = (torch.randn(KV_HEADS, context, HEAD_DIM, generator=generator) for _ in range(2))
     heads = query.view(1, KV_HEADS * REPEATS, 1, HEAD_DIM)
-    sdpa = median_ms(
-        lambda: scaled_dot_product_attention(heads, keys[None], values[None], enable_gqa=True), max(5, repeats // 4)
-    )
-    return sdpa, median_ms(lambda: grouped_dense(query, keys, values), repeats)
+    return {
+        "dense sdpa enable_gqa": lambda: scaled_dot_product_attention(heads, keys[None], values[None], enable_gqa=True),
+        "dense grouped products": lambda: grouped_dense(query, keys, values),
+    }
+
+
+def time_in_turn(steps: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
+    """Quartiles of each step's times in milliseconds. The steps take turns, two warm-up rounds uncounted.
+
+    So all of them meet the same load of a shared machine, and each finds the caches as another layer left them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.quantiles(taken[2:], n=4) for name, taken in times.items()}
 
 
 @torch.no_grad()
@@ -85,34 +88,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--contexts", default="8192,32768,65536,131072")
     parser.add_argument("--rules", default="balanced,lean")
+    parser.add_argument("--summary-dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=21)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     machine = {"hardware": platform.processor() or platform.machine(), "torch": torch.__version__}
     for context in map(int, options.contexts.split(",")):
-        shared = {"context": context, "threads": options.threads, "dtype": "float32", **machine}
-        sdpa, grouped = time_dense(context, options.repeats, generator)
-        print(json.dumps({"rule": "dense sdpa enable_gqa", "median_ms": round(sdpa, 2), **shared}), flush=True)
-        print(json.dumps({"rule": "dense grouped products", "median_ms": round(grouped, 2), **shared}), flush=True)
+        steps = dense_steps(context, generator)
         for name in options.rules.split(","):
-            config = hga.HGAConfig.preset(name, prefill="routed")
+            config = hga.HGAConfig.preset(name, prefill="routed", summary_dtype=options.summary_dtype)
             row = Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
             fill(row, context, generator)
-            routed = median_ms(decode_step(row, generator), options.repeats)
-            print(
-                json.dumps(
-                    {
-                        "rule": name,
-                        "median_ms": round(routed, 2),
-                        "budget_tokens": config.budget_tokens,
-                        "times_faster_than_sdpa": round(sdpa / routed, 2),
-                        "times_faster_than_grouped": round(grouped / routed, 2),
-                        **shared,
-                    }
-                ),
-                flush=True,
-            )
+            steps[name] = decode_step(row, generator)
+        quartiles = time_in_turn(steps, options.repeats)
+        sdpa, grouped = (median for _, median, _ in list(quartiles.values())[:2])
+        for name, (low, median, high) in quartiles.items():
+            found = {
+                "rule": name,
+                "median_ms": round(median, 2),
+                "quartiles_ms": [round(low, 2), round(high, 2)],
+                "times_faster_than_sdpa": round(sdpa / median, 2),
+                "times_faster_than_grouped": round(grouped / median, 2),
+                "context": context,
+                "threads": options.threads,
+                "dtype": "float32",
+                "summary_dtype": options.summary_dtype,
+            }
+            print(json.dumps(found | machine), flush=True)
 
 
 if __name__ == "__main__":

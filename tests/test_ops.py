@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from hga.ops.attention import Part, add_sinks, attend, merge
+from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.ordering import content_order
 from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype, row_bytes
-from hga.ops.routing import NEVER, choose, score, take_rows, unite
+from hga.ops.routing import NEVER, bias, choose, score, take_rows, unite
 from hga.ops.summaries import mean_rows, mixed_rope_means
 
 
@@ -103,11 +103,26 @@ def test_unite_reads_each_unit_once():
     chosen = torch.zeros(2, 1, 3, 6, dtype=torch.bool)
     chosen[0, 0, 0, [1, 4]] = chosen[0, 0, 1, [4, 5]] = chosen[1, 0, 2, [0]] = True
     ids, member = unite(chosen)
-    assert sorted(ids[0].tolist()) == [1, 4, 5]
+    assert ids[0].tolist() == [1, 4, 5]
     assert 0 in ids[1].tolist()
-    assert len(set(ids[1].tolist())) == 3
+    assert ids[1].tolist() == sorted(set(ids[1].tolist()))
     rebuilt = torch.zeros_like(chosen).scatter(-1, ids[:, None, None].expand(2, 1, 3, 3), member)
     assert torch.equal(rebuilt, chosen)
+
+
+def test_unite_of_equal_unions_and_of_nothing():
+    chosen = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    assert [x.shape for x in unite(chosen)] == [(2, 0), (2, 1, 1, 0)]
+    assert [x.shape for x in unite(chosen[..., :0])] == [(2, 0), (2, 1, 1, 0)]
+    chosen[0, 0, 0, [4, 1]] = chosen[1, 0, 0, [0, 5]] = True
+    ids, member = unite(chosen)
+    assert ids.tolist() == [[1, 4], [0, 5]]
+    assert member.all()
+
+
+def test_bias_keeps_the_precision_of_its_value():
+    added = bias(torch.tensor([[True, False]]), torch.float64, math.log(3))
+    assert added.tolist() == [[NEVER, math.log(3)]]
 
 
 def test_take_rows_and_score_and_softcap():
@@ -130,6 +145,26 @@ def test_parts_merge_to_one_softmax_and_empty_parts_are_harmless():
     one, other = attend(split[:2]), attend(split[2:])
     torch.testing.assert_close(merge(one, other).value, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(merge(one, other).logsumexp[..., 0], torch.logsumexp(logits, -1), rtol=0, atol=1e-12)
+
+
+def test_groups_of_a_node_share_its_value():
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(2, 3, 5, 12, generator=generator, dtype=torch.float64)
+    values = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
+    whole = attend_once([Part(logits, values.repeat_interleave(3, 1))])
+    torch.testing.assert_close(attend_once([Part(logits, values, 3)]), whole, rtol=0, atol=1e-12)
+    # Two nodes by their groups, two by themselves.
+    nodes = torch.tensor([[1, 3], [0, 2]])
+    node_logits = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64)
+    scored = torch.zeros(2, 4, dtype=torch.bool).scatter(1, nodes, True)[:, None, None]
+    node_logits.masked_fill_(scored, NEVER)
+    joined = torch.cat([logits[..., :6], node_logits], -1)
+    weighed = torch.cat([take_rows(values, nodes).repeat_interleave(3, 1), values], 1)
+    empty = Part(logits[..., :0], values[:, :0])
+    far = FarField(node_logits, logits[..., :6].unflatten(-1, (2, 3)), nodes, values)
+    torch.testing.assert_close(
+        attend_once([empty], far), torch.softmax(joined, -1) @ weighed[:, None], rtol=0, atol=1e-12
+    )
 
 
 def test_learned_sinks_enter_the_sum_once():

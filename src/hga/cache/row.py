@@ -6,6 +6,7 @@ row equals the same row alone by construction, and beams share closed chunks thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,17 +33,17 @@ class Counters:
     fetched: float = 0.0
     working_bytes: int = 0
 
-    def add(self, context: Tensor, attended: Tensor, fetched: Tensor) -> None:
-        """Count queries: context lengths, attended and fetched tokens, each (M,)."""
-        self.queries += context.numel()
-        self.attended += float((attended / context).sum())
-        self.fetched += float((fetched / context).sum())
-
-    def add_one(self, context: int, attended: int) -> None:
-        """Count one query that fetches what it attends."""
+    def add(self, context: int, attended: int, fetched: float) -> None:
+        """Count a query: its context length, the tokens attended and the tokens fetched."""
         self.queries += 1
         self.attended += attended / context
-        self.fetched += attended / context
+        self.fetched += fetched / context
+
+    def add_dense(self, queries: int) -> None:
+        """Count queries that attended to their whole context."""
+        self.queries += queries
+        self.attended += queries
+        self.fetched += queries
 
     def reset(self) -> None:
         """Start the averages again."""
@@ -80,7 +81,8 @@ class Row:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite."""
-        if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        # One NaN or Inf makes the sum so; in float64 finite numbers of a narrower type cannot.
+        if not math.isfinite(keys.sum(dtype=torch.float64) + values.sum(dtype=torch.float64)):
             last = self.length + keys.shape[1] - 1
             raise ValueError(
                 f"keys or values of positions {self.length} to {last} hold NaN or Inf; a summary would spread them "
@@ -130,7 +132,8 @@ class Row:
                 moved[:, :used] = held[:, :used]
                 setattr(self, name, moved)
         self.length += 1
-        self._count_token()
+        # What a union of R choices fetches is counted by the kernels.
+        self._count(self.length - 1, 1, self.chunks, None, 0)
 
     def take_back_token(self) -> None:
         """Undo `begin_token`: the step failed."""
@@ -143,14 +146,6 @@ class Row:
     def move_near(self, keys: Tensor, values: Tensor) -> None:
         """Keep `near` in other buffers, which hold the same tokens."""
         self._keys, self._values = keys, values
-
-    def _count_token(self) -> None:
-        """Count what the newest token's query attends; unique groups of R choices are counted by the kernels."""
-        config, size = self._config, self._config.group_size
-        pending = max(0, -(-(self.near_length - config.window_tokens - config.sink_tokens) // size))
-        closed = self.chunks * config.chunk_size // size
-        attended = self.near_length - pending * size + min(pending + closed, config.routed_groups) * size
-        self._counters.add_one(self.length, attended)
 
     # ---- attention -----------------------------------------------------------------------------------
 
@@ -195,8 +190,7 @@ class Row:
 
     def _attend_exact(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """`_attend_dense` by kernels, queries not scaled."""
-        context = torch.arange(first + 1, first + query.shape[2] + 1)
-        self._counters.add(context, context, context)
+        self._counters.add_dense(query.shape[2])
         return attend_exact_block(query, self._near(), self._index_of(first), self._archive, scoring)
 
     def _attend_block(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
@@ -223,30 +217,32 @@ class Row:
         for keys, values in () if self._archive is None else self._archive.stream():
             part = Part(score(query, keys.to(work), scoring.softcap), values.to(work))
             output = merge(output, attend([part]))
-        context = torch.arange(first + 1, first + query.shape[2] + 1)
-        self._counters.add(context, context, context)
+        self._counters.add_dense(query.shape[2])
         return add_sinks(output, scoring.sinks)
 
     def _attend_routed(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Route and attend queries of one tile, scaled, whose closed chunks are in the archive."""
-        keys, values = (x.to(query.dtype) for x in self._near())
-        near = Near(keys, values, self._index_of(first))
+        place, queries = self._index_of(first), query.shape[2]
+        keys, values = (x[:, : place + queries].to(query.dtype) for x in self._near())
+        near = Near(keys, values, place)
         archive = self._archive if self.chunks else None
         routed = attend_routed(self._config, query, near, archive, scoring, self._inverse_frequencies)
-        self._count(first, query.shape[2], self.chunks, routed.unique_opened, routed.fetched_bytes)
+        self._count(first, queries, self.chunks, routed.unique_opened, routed.fetched_bytes)
         return routed.output
 
     def _count(self, first: int, queries: int, chunks: int, unique: Tensor | None, fetched_bytes: int) -> None:
         """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
         config = self._config
-        index = torch.arange(first, first + queries)
-        index = torch.where(index < config.sink_tokens, index, index - chunks * config.chunk_size)
-        pending = pending_groups(config, index)
-        closed = chunks * config.chunk_size // config.group_size
-        opened = (pending + closed).clamp(max=config.routed_groups) * config.group_size
-        always = index + 1 - pending * config.group_size
-        fetched = always + (opened if unique is None else unique.cpu())
-        self._counters.add(torch.arange(first + 1, first + queries + 1), always + opened, fetched)
+        archived = chunks * config.chunk_size // config.group_size
+        unions = None if unique is None else unique.tolist()
+        for query in range(queries):
+            position = first + query
+            index = position if position < config.sink_tokens else position - chunks * config.chunk_size
+            pending = pending_groups(config, index)
+            opened = min(pending + archived, config.routed_groups) * config.group_size
+            always = index + 1 - pending * config.group_size
+            fetched = always + (opened if unions is None else unions[query])
+            self._counters.add(position + 1, always + opened, fetched)
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
 
     def _dense_block(self, query: Tensor) -> int:

@@ -17,9 +17,10 @@ _GROWTH = 8  # capacity grows by an eighth: little slack, few copies
 
 
 class GrowingRows:
-    """Encoded rows (Hkv, n, D) that grow at the end and can be cut there."""
+    """Encoded rows (Hkv, n, D) that grow at the end, by whole units of `unit` rows, and can be cut there."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: int = 1) -> None:
+        self._unit = unit
         self._data: Tensor | None = None
         self._scale: Tensor | None = None
         self.length = 0
@@ -27,10 +28,10 @@ class GrowingRows:
     def append(self, rows: Rows) -> None:
         """Keep encoded rows (Hkv, n, D); all appended rows are of one type."""
         end = self.length + rows.data.shape[1]
-        self._data = _grown(self._data, rows.data, self.length)
+        self._data = self._grown(self._data, rows.data)
         self._data[:, self.length : end] = rows.data
         if rows.scale is not None:
-            self._scale = _grown(self._scale, rows.scale, self.length)
+            self._scale = self._grown(self._scale, rows.scale)
             self._scale[:, self.length : end] = rows.scale
         self.length = end
 
@@ -45,12 +46,13 @@ class GrowingRows:
             here = slice(start, min(self.length, start + DECODED_AT_ONCE))
             yield decode_rows(Rows(data[:, here], None if scale is None else scale[:, here]), dtype)
 
-    def decode_units(self, ids: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
-        """The rows of units of `unit` consecutive rows: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
-        rows = (ids[..., None] * unit + torch.arange(unit, device=ids.device)).flatten(1)  # (Hkv, U * unit)
-        # From the whole buffers: cutting the slack off first would copy all rows to reach a few.
-        scale = None if self._scale is None else take_rows(self._scale, rows)
-        return decode_rows(Rows(take_rows(self._held(), rows), scale), dtype)
+    def decode_units(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of units: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
+        # From the whole buffers, whose capacity is a number of units: cutting the slack off would copy all rows.
+        data, scale = self._held().unflatten(1, (-1, self._unit)), self._scale  # (Hkv, capacity / unit, unit, D)
+        if scale is not None:
+            scale = take_rows(scale.unflatten(1, (-1, self._unit)), ids)
+        return decode_rows(Rows(take_rows(data, ids), scale), dtype).flatten(1, 2)
 
     def held(self) -> Rows:
         """The encoded rows in use (Hkv, n, D)."""
@@ -68,7 +70,7 @@ class GrowingRows:
 
     def clone(self) -> GrowingRows:
         """An independent copy."""
-        twin = GrowingRows()
+        twin = GrowingRows(self._unit)
         twin.length = self.length
         twin._data = None if self._data is None else self._data[:, : self.length].clone()
         twin._scale = None if self._scale is None else self._scale[:, : self.length].clone()
@@ -78,22 +80,22 @@ class GrowingRows:
         """Bytes allocated, growth slack included."""
         return sum(x.numel() * x.element_size() for x in (self._data, self._scale) if x is not None)
 
+    def _grown(self, buffer: Tensor | None, like: Tensor) -> Tensor:
+        """A buffer with room for `like` behind the rows there are; the old one where it is large enough."""
+        heads, added, width = like.shape
+        need = self.length + added
+        if buffer is not None and buffer.shape[1] >= need:
+            return buffer
+        slack = need // _GROWTH // self._unit * self._unit
+        grown = like.new_empty(heads, need + slack, width)
+        if buffer is not None:
+            grown[:, : self.length] = buffer[:, : self.length]
+        return grown
+
     def _held(self) -> Tensor:
         if self._data is None:
             raise ValueError("no rows yet: a chunk has to close before its summaries can be read")
         return self._data
-
-
-def _grown(buffer: Tensor | None, like: Tensor, length: int) -> Tensor:
-    """A buffer with room for `like` behind `length` rows; the old one where it is large enough."""
-    heads, added, width = like.shape
-    need = length + added
-    if buffer is not None and buffer.shape[1] >= need:
-        return buffer
-    grown = like.new_empty(heads, need + need // _GROWTH, width)
-    if buffer is not None:
-        grown[:, :length] = buffer[:, :length]
-    return grown
 
 
 class Summaries:
@@ -107,7 +109,7 @@ class Summaries:
         self._config = config
         self.node_keys = GrowingRows()
         self.node_values = GrowingRows()
-        self.group_keys = GrowingRows()
+        self.group_keys = GrowingRows(config.node_size // config.group_size)
         self.chunks = 0
 
     def append(self, closed: Closed) -> None:

@@ -12,13 +12,15 @@ from hga.ops.routing import NEVER
 
 
 class Part(NamedTuple):
-    """Logits (H, R, M, K), -inf where not attended, and the values (H, K, D) that they weigh.
+    """Logits (H, R, M, K), -inf where not attended, and the values (H, K / sharing, D) that they weigh.
 
-    Values may come in blocks along K, so that decoded summaries need not be held at once.
+    Each `sharing` neighbours weigh one value. Values may come in blocks along K, so that decoded summaries need
+    not be held at once.
     """
 
     logits: Tensor
     values: Tensor | Iterable[Tensor]
+    sharing: int = 1
 
 
 class FarField(NamedTuple):
@@ -74,9 +76,9 @@ def _join(parts: list[Part], far: FarField | None) -> tuple[Tensor, list[int]]:
 
 def _weigh_parts(weights: Tensor, sizes: list[int], parts: list[Part], far: FarField | None) -> Tensor:
     shares = weights.split(sizes, -1)
-    total = _weigh(shares[0], parts[0].values)
+    total = _weigh(_pool(shares[0], parts[0].sharing), parts[0].values)
     for share, part in zip(shares[1 : len(parts)], parts[1:], strict=True):
-        total += _weigh(share, part.values)
+        total += _weigh(_pool(share, part.sharing), part.values)
     if far is not None:
         total += _weigh(_fold(shares[-2], shares[-1], far), far.values)
     return total
@@ -95,9 +97,15 @@ def _weigh(weights: Tensor, values: Tensor | Iterable[Tensor]) -> Tensor:
 
 def _fold(node_weights: Tensor, group_weights: Tensor, far: FarField) -> Tensor:
     """Add the weights of groups to those of their nodes: (H, R, M, N)."""
-    inner = group_weights.unflatten(-1, far.group_logits.shape[-2:]).sum(-1)  # (H, R, M, U)
+    inner = _pool(group_weights, far.group_logits.shape[-1])  # (H, R, M, U)
     index = far.nodes[:, None, None, :].expand_as(inner)
     return node_weights.scatter_add(-1, index, inner)
+
+
+def _pool(weights: Tensor, size: int) -> Tensor:
+    """Sums of each `size` neighbours along the last dimension."""
+    # A product with ones: on a CPU four times faster than a sum over a short last dimension.
+    return weights if size == 1 else weights.contiguous().unflatten(-1, (-1, size)) @ weights.new_ones(size)
 
 
 def merge(one: Output, other: Output) -> Output:

@@ -19,7 +19,16 @@ def score(query: Tensor, keys: Tensor, softcap: float | None = None) -> Tensor:
 
 def score_blocks(query: Tensor, blocks: Iterable[Tensor], softcap: float | None = None) -> Tensor:
     """`score` with keys that come in blocks along K."""
-    return torch.cat([score(query, keys, softcap) for keys in blocks], -1)
+    scores = [score(query, keys, softcap) for keys in blocks]
+    return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+
+
+def bias(barred: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
+    """What to add to logits, (...) like the mask: -inf where barred, `value` elsewhere.
+
+    Adding it is several times faster on a CPU than filling through a mask that R heads share.
+    """
+    return torch.full(barred.shape, value, dtype=dtype, device=barred.device).masked_fill_(barred, NEVER)
 
 
 def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
@@ -37,7 +46,7 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     if selection == "shared":
         mass = mass.sum(1, keepdim=True)
     # Not allowed is below any mass, even one that underflows to 0, or NaN where a query has no candidate at all.
-    mass.masked_fill_(~allowed, -1.0)
+    mass = mass.where(allowed, -1.0)
     chosen = torch.zeros_like(allowed)
     if keep > 0:
         chosen.scatter_(-1, mass.topk(keep, -1, sorted=False).indices, True)
@@ -47,13 +56,17 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
 def unite(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The union of several queries' choices, one list per KV head, so that each unit is read once.
 
-    chosen: bool (H, R', M, K). Returns ids int64 (H, U), distinct, U = the largest union of any head
-    (smaller unions are filled with units that nobody chose), and member bool (H, R', M, U).
+    chosen: bool (H, R', M, K). Returns ids int64 (H, U), distinct and ascending, U = the largest union of any
+    head (smaller unions are filled with units that nobody chose), and member bool (H, R', M, U).
     """
     heads = chosen.shape[0]
     union = chosen.flatten(1, 2).any(1)  # (H, K)
-    largest = int(union.sum(-1).max()) if union.shape[-1] else 0
-    ids = union.to(torch.float32).topk(largest, -1, sorted=False).indices  # (H, U)
+    sizes = union.sum(-1).tolist()
+    largest = max(sizes)
+    if min(sizes) == largest:
+        ids = union.nonzero()[:, 1].view(heads, largest)
+    else:
+        ids = union.to(torch.float32).topk(largest, -1, sorted=False).indices.sort(-1).values  # (H, U)
     index = ids.view(heads, 1, 1, largest).expand(*chosen.shape[:3], largest)
     return ids, chosen.gather(-1, index)
 
