@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import hga
+from hga.ops.closing import pack_records
 from hga.ops.kernels import flash
 from hga.ops.kernels.prefill import attend_all, attend_causal
 from hga.ops.kernels.prefill_routed import attend_prefill_routed
 from hga.ops.precision import encode_rows, resolve_summary_dtype
 from hga.ops.prefill_routed import ClosedChunks, closed_chunks
 from hga.ops.summaries import mean_rows
-from hga.store import RecordLayout
 
 KV_HEADS, REPEATS, HEAD_DIM = 4, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -58,8 +58,8 @@ class Prompt:
         chunks = closed_chunks(config, keys.shape[1])
         sink, size = config.sink_tokens, config.chunk_size
         old_keys, old_values = (x[:, sink : sink + chunks * size] for x in (keys, values))
-        layout = RecordLayout(KV_HEADS, size // config.group_size, config.group_size, HEAD_DIM, DTYPE, ordered=False)
-        self.records = layout.pack(*(x.unflatten(1, (-1, size)).transpose(0, 1) for x in (old_keys, old_values)))
+        chunked = (x.unflatten(1, (-1, size)).transpose(0, 1) for x in (old_keys, old_values))
+        self.records = pack_records(*chunked, config.group_size)
         dtype = resolve_summary_dtype(config.summary_dtype, DTYPE)
         nodes, groups = config.node_size, config.group_size
         self.closed = ClosedChunks(

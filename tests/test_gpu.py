@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import hga
-from hga.cache import layer, row
+from hga.cache import layer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,8 +51,8 @@ def generate(model: Any, ids: torch.Tensor, config: hga.HGAConfig | None, tokens
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layer, row):
-        monkeypatch.setattr(module, "kernels_serve", lambda *args: False)
+    """Decode through PyTorch; prefill stays with the kernels, whose rounding may decide near ties otherwise."""
+    monkeypatch.setattr(layer, "kernels_serve", lambda *args: False)
 
 
 @pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean"])

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hga.config import TILE_TOKENS, HGAConfig
+from hga.config import HGAConfig
 from hga.ops.precision import resolve_summary_dtype, row_bytes
+from hga.ops.prefill_routed import closed_chunks
 from hga.store import RecordLayout
-
-
-def closed_chunks(config: HGAConfig, position: int) -> int:
-    """Chunks that count as closed for the tile of `position`: those that end before its window."""
-    tile = position // TILE_TOKENS * TILE_TOKENS
-    return max(0, (tile - config.window_tokens - config.sink_tokens) // config.chunk_size)
 
 
 def archived_chunks(config: HGAConfig, tokens: int) -> int:
