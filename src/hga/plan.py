@@ -21,6 +21,7 @@ from hga.config import TILE_TOKENS, HGAConfig
 from hga.models import load_config
 
 GIB = 1 << 30
+_PREFILL_SCRATCH_BYTES = 3 << 28  # masses, choices and widened summaries of a routed prefill on a GPU
 _RUNTIME_BYTES = GIB // 2  # a CUDA context with its kernels: measured between 0.3 and 0.6 GiB
 _LONGEST = 1 << 27  # a search bound far above any model's positions
 _QUANTISED_BITS = {"fp8": 8.0, "mxfp4": 4.25, "bitsandbytes_4bit": 4.5, "bitsandbytes_8bit": 8.0}
@@ -211,10 +212,11 @@ class _Needs:
         return int(len(self.routed) * self.decoder.num_key_value_heads * self.archived(context) * token)
 
     def window(self, context: int) -> int:
-        """Sink, window, unclosed tokens and the block being read, with the buffers' eighth of slack."""
+        """Sink, window and unclosed tokens of all layers, and the block that one layer reads, with slack."""
         config = self.config
         near = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
-        return len(self.routed) * self._near_bytes(min(context, near + config.block_tokens))
+        block = self._near_bytes(min(context, config.block_tokens))
+        return len(self.routed) * self._near_bytes(min(context, near)) + block
 
     def beginning(self, context: int) -> int:
         """K/V beside the model while queries are still dense: nothing is archived yet."""
@@ -237,16 +239,27 @@ class _Needs:
         return int(4 * heads * key * value)
 
     def working(self, context: int) -> int:
-        """K/V of one layer fetched at once: bounded, and at most the whole archive."""
-        at_once = max(self.config.group_size, NUMBERS_AT_ONCE // self.row_numbers)
-        return min(self.archived(context), at_once) * self.row_bytes
+        """The larger of what a prefill and what decoding need: one layer's archive, staged, or all layers' slots."""
+        archived = self.archived(context)
+        return max(archived * self.row_bytes, len(self.routed) * self.slots(archived))
+
+    def slots(self, archived: int) -> int:
+        """Groups that one layer caches beside the model while it decodes, and the tables that say where they are."""
+        config = self.config
+        repeats = self.decoder.num_attention_heads // self.decoder.num_key_value_heads
+        choices = repeats if config.selection == "per_head" else 2
+        groups = archived // config.group_size
+        cached = min(groups, choices * config.routed_groups)
+        tables = 4 * self.decoder.num_key_value_heads * (groups + 5 * cached)
+        return int(cached * config.group_size * self.row_bytes + tables)
 
     def buffers(self, context: int) -> int:
         """Activations of a block, and what routing one layer computes: scores, and a block of decoded summaries."""
         nodes = self.archived(context) // self.config.node_size
         decoded = 4 * DECODED_AT_ONCE * self.decoder.num_key_value_heads * self.head_dim
         scores = 4 * 4 * max(NUMBERS_AT_ONCE, nodes * self.decoder.num_attention_heads)
-        return self.activation_bytes + (decoded + scores if nodes else 0)
+        by_kernels = min(_PREFILL_SCRATCH_BYTES, scores * TILE_TOKENS)
+        return self.activation_bytes + (decoded + scores + by_kernels if nodes else 0)
 
     @property
     def activation_bytes(self) -> int:

@@ -19,7 +19,7 @@ _ON_GPU = {
     "summary_bytes": "summaries",
     "window_bytes": "sink, window, unclosed tokens",
     "other_cache_bytes": "layers that are not routed",
-    "working_bytes": "working set: K/V fetched at once",
+    "working_bytes": "working set: a layer's K/V staged, or groups cached for decoding",
     "buffer_bytes": "activations and scores (estimate)",
     "runtime_bytes": "CUDA context (assumed)",
 }
