@@ -5,7 +5,7 @@ import torch
 
 from hga.ops import prefill
 from hga.ops.attention import merge
-from hga.store import RecordLayout
+from hga.ops.closing import pack_records
 
 kernels = pytest.importorskip("hga.ops.kernels.prefill")
 
@@ -18,9 +18,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def records_of(keys: torch.Tensor, values: torch.Tensor, chunk: int, group: int) -> torch.Tensor:
-    heads, _, width = keys.shape
-    layout = RecordLayout(heads, chunk // group, group, width, keys.dtype, ordered=False)
-    return layout.pack(*(x.unflatten(1, (-1, chunk)).transpose(0, 1) for x in (keys, values)))
+    return pack_records(*(x.unflatten(1, (-1, chunk)).transpose(0, 1) for x in (keys, values)), group)
 
 
 def check(kernel, reference, query, *others, **options):
