@@ -104,6 +104,7 @@ def test_padded_batch_and_beams(monkeypatch: pytest.MonkeyPatch) -> None:
     pair.feed(2, 1, mask)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about the infinity
 def test_bad_kv_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "kernels_serve", serve)
     one = HGALayer(CONFIG, 0, LayerShape(HEADS, HEADS * REPEATS, WIDTH, None), Handshake())

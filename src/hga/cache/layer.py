@@ -220,7 +220,11 @@ class HGALayer(CacheLayerMixin):
             row.begin_token()
         if self._decoder is None:
             self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
-        self._decoder.prepare(self.rows, step)
+        try:
+            self._decoder.prepare(self.rows, step)
+        except Exception:
+            self.take_back_token()
+            raise
 
     def end_token(self) -> None:
         """The step that `begin_token` began is done."""

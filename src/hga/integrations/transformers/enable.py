@@ -174,9 +174,7 @@ def _is_plain_step(attention_mask: Any, position_ids: Any, kwargs: dict[str, Any
         return False
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         return False
-    return all(
-        value is None or value is False or name in ("return_dict", "cache_position") for name, value in kwargs.items()
-    )
+    return all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
 
 
 def _splittable(attention_mask: Any, logits_to_keep: Any, kwargs: dict[str, Any]) -> bool:

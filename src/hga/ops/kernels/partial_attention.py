@@ -25,14 +25,15 @@ def _fold(peak, total, sums, logits, values, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr):
-    """A peak for each row (RB,): its largest score, from the parts that scoring left, less the logarithm of 1,024.
+    """A peak for each row (RB,): its largest score, from the parts that scoring left, less the logarithm of 64.
 
-    Weights against it are at most 1,024 times a size, so that float16 still holds those a billion times smaller.
+    Weights of single units against it are at most 64, so that float16 holds ones a billion times smaller, and the sum
+    of a node's groups does not overflow.
     """
     p = tl.arange(0, PARTS_B)
     mask = (r < ROWS)[:, None] & (p < score_parts)[None, :]
     tops = tl.max(tl.load(score_peaks + lines[:, None] * score_parts + p[None, :], mask=mask, other=_NEVER), 1)
-    return tl.where(tops == _NEVER, 0.0, tops - 6.931471805599453)
+    return tl.where(tops == _NEVER, 0.0, tops - 4.1588830833596715)
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def attend_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
     total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
@@ -151,7 +152,7 @@ def attend_listed_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
-    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B)
+    peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
     total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
