@@ -26,6 +26,7 @@ class _Shared:
     faults: Tensor
     published: tuple[tuple[int, ...], ...] = ()
     copies: int = 0
+    copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
     scratches: dict[tuple[int, int, int, int], Scratch] = field(default_factory=dict)
 
 
@@ -54,10 +55,14 @@ class Decoding:
         if numbers == shared.published:
             return
         shared.published = numbers
-        staged = shared.staged[shared.copies % _COPIES_IN_FLIGHT]
+        slot = shared.copies % _COPIES_IN_FLIGHT
         shared.copies += 1
-        staged.copy_(torch.tensor(numbers, dtype=torch.int32))
-        shared.counts.copy_(staged, non_blocking=True)
+        if slot in shared.copied:
+            shared.copied[slot].synchronize()  # a host that runs far ahead must not overwrite what is still to be read
+        shared.staged[slot].copy_(torch.tensor(numbers, dtype=torch.int32))
+        shared.counts.copy_(shared.staged[slot], non_blocking=True)
+        if device.type == "cuda":
+            shared.copied[slot] = torch.cuda.current_stream(device).record_event()
 
     def counts(self, device: torch.device) -> Tensor:
         """The counts (B, 4) that kernels read."""

@@ -182,6 +182,12 @@ class HGALayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: the model changes values behind the cache; not supported by hga"
             )
         self._new = None
+        with torch.cuda.device_of(query):  # kernels launch on the current device, which need not be the layer's
+            return self._attend_new(query, keys, values, padding, scoring)
+
+    def _attend_new(
+        self, query: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, scoring: Scoring
+    ) -> Tensor:
         if self._decoding.active and self._decoder is not None:
             self._handshake.awaiting = None
             return self._decoder.attend(query, keys, values, scoring)
