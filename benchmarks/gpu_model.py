@@ -10,6 +10,7 @@ CUDA graph with a fixed buffer of K/V, which is the honest baseline. JSON lines,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import time
@@ -187,6 +188,34 @@ def time_prefill(model: Any, rule: str | None, context: int, prefill: str) -> di
     return {"prefill": prefill, "first_token_s": round(seconds, 2), "peak_gpu_bytes": peak}
 
 
+def run_under_cap(model: Any, rule: str | None, context: int, beside_bytes: int) -> dict[str, Any]:
+    """Prefill and 64 decoded tokens with at most `beside_bytes` beside the weights, as on a smaller card."""
+    ids = torch.randint(0, 1000, (1, context), device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + beside_bytes) / total)
+    config = None if rule is None else hga.HGAConfig.preset(rule, prefill="exact")
+    cache = DynamicCache(config=model.config) if config is None else hga.HGACache(model.config, config)
+    row: dict[str, Any] = {"beside_bytes": beside_bytes, "outcome": "ran"}
+    try:
+        with contextlib.nullcontext() if config is None else hga.enabled(model, config):
+            for start in range(0, context, 4096):
+                model(ids[:, start : start + 4096], past_key_values=cache, logits_to_keep=1)
+            for index in range(64):
+                model(ids[:, index : index + 1], past_key_values=cache)
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        row |= {"outcome": "out of GPU memory", "tokens": cache.get_seq_length()}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() - before
+    cache.reset()
+    return row
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,6 +227,7 @@ def main() -> None:
         "--eager", action="store_true", help="also dense as transformers gives it, at the first context"
     )
     parser.add_argument("--prefill", type=int, default=0, help="also the time to the first token of this many")
+    parser.add_argument("--beside-gib", type=float, default=0, help="also each context under a cap beside the weights")
     options = parser.parse_args()
     AttentionInterface.register("attend_all", attend_all)
     AttentionMaskInterface.register("attend_all", lambda *args, **kwargs: None)
@@ -215,6 +245,10 @@ def main() -> None:
         for rule in options.rules.split(","):
             for prefill in ("exact", "routed"):
                 show(rule, options.prefill, time_prefill(model, rule, options.prefill, prefill))
+    for context in contexts if options.beside_gib else ():
+        for rule in ("dense", *options.rules.split(",")):
+            cap = int(options.beside_gib * 2**30)
+            show(f"{rule}, capped", context, run_under_cap(model, None if rule == "dense" else rule, context, cap))
     if options.eager:
         show("dense, eager", contexts[0], time_dense(model, contexts[0], 20, eager=True))
     for context in contexts:
