@@ -118,3 +118,23 @@ def test_kernels_equal_reference(name: str) -> None:
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
         counts[:, 0] += 1
         counts[:, 2] += 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about NaN
+@pytest.mark.parametrize("name", ["balanced", "two levels"])
+def test_nan_query_stays_inside_its_buffers(name: str) -> None:
+    pytest.importorskip("triton")
+    from hga.ops.kernels import decode as kernels
+
+    config = CONFIGS[name]
+    row = filled_row(config, 301, 2, 16, torch.float32)  # keeps its records alive
+    layer, counts = decode_layer(config, [row], 2)
+    query, keys, values = random_step(1, 2, 2, 16, torch.float32)
+    query[0, 1] = float("nan")
+    out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
+    assert out[0, 1].isnan().all(), "garbage in, NaN out"
+    assert (layer.scratch.groups.counts <= layer.scratch.groups.keep).all()
+    query, keys, values = random_step(1, 2, 2, 16, torch.float32)
+    counts[:, 2] += 1
+    out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
+    torch.testing.assert_close(out, attend_decode(query, keys, values, layer, counts, config, 0.3), rtol=0, atol=1e-5)

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import hga
 from hga import HGAConfig
-from hga.cache import kernels, layer
+from hga.cache import decoding, kernels, layer
 from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.routed import Scoring
+from hga.cache.summaries import Summaries
 from hga.store import MemoryStore
 
 pytest.importorskip("triton")
@@ -124,3 +127,75 @@ def test_kernels_serve_only_what_they_can() -> None:
     assert not kernels.kernels_serve(CONFIG, torch.float64, cuda)
     assert not kernels.kernels_serve(HGAConfig.preset("paper"), torch.bfloat16, cuda)
     assert kernels.kernels_serve(CONFIG, torch.bfloat16, cuda)
+
+
+def test_failed_step_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(CONFIG, monkeypatch)
+    mask = torch.ones(2, 180, dtype=torch.bool, device=DEVICE)
+    pair.feed(2, 180, mask)
+    lengths = [row.length for row in pair.fast.rows]
+    monkeypatch.setattr(layer, "kernels_serve", serve)
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding.LayerDecoder, "prepare", raise_memory_error)
+        assert pair.fast.can_begin_token()
+        with pytest.raises(MemoryError):
+            pair.fast.begin_token(181)
+    assert [row.length for row in pair.fast.rows] == lengths
+    pair.feed(2, 1, torch.cat([mask, mask.new_ones(2, 1)], 1))
+
+
+def raise_memory_error(*args: Any) -> None:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("part", ["summaries", "store"])
+def test_chunks_close_all_or_nothing(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "kernels_serve", lambda *args: False)
+    shape = LayerShape(HEADS, HEADS * REPEATS, WIDTH, None)
+    one, other = (HGALayer(CONFIG, 0, shape, Handshake()) for _ in range(2))
+    first, second = random_tokens(1, 120), random_tokens(1, 60)
+    for each in (one, other):
+        attend(each, *first)
+    row, chunks = one.rows[0], one.rows[0].chunks
+    row.append(second[1][0], second[2][0])
+    with monkeypatch.context() as patched:
+        name = (Summaries, "append") if part == "summaries" else (MemoryStore, "append")
+        patched.setattr(*name, raise_memory_error)
+        with pytest.raises(MemoryError):
+            row.attend(second[0][0].unflatten(0, (HEADS, REPEATS)), Scoring(0.3))
+    assert row.chunks == chunks == row.archive.summaries.chunks
+    out = row.attend(second[0][0].unflatten(0, (HEADS, REPEATS)), Scoring(0.3))
+    torch.testing.assert_close(out.flatten(0, 1)[None], attend(other, *second), rtol=0, atol=1e-6)
+
+
+def test_layers_that_disagree_are_refused() -> None:
+    shape, handshake = LayerShape(HEADS, HEADS * REPEATS, WIDTH, None), Handshake()
+    one, other = (HGALayer(CONFIG, index, shape, handshake) for index in range(2))
+    for each in (one, other):
+        attend(each, *random_tokens(1, 20))
+    attend(one, *random_tokens(1, 5))  # and then the forward was interrupted
+    attend(one, *random_tokens(1, 1))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        attend(other, *random_tokens(1, 1))
+
+
+def test_direct_calls_count_padding_in_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tiny = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16
+    )
+    model = LlamaForCausalLM(tiny).to(DEVICE).eval()
+    ids = torch.randint(1, 64, (2, 122), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    logits = []
+    for served in (True, False):
+        monkeypatch.setattr(layer, "kernels_serve", lambda *args, served=served: served)
+        with torch.no_grad(), hga.enabled(model, CONFIG):
+            cache = hga.HGACache(config=tiny, hga_config=CONFIG)
+            model(ids[:, :120], attention_mask=mask[:, :120], past_key_values=cache)
+            for end in (121, 122):
+                last = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            logits.append(last)
+        assert (cache.stepper is not None) == served
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)

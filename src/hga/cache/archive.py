@@ -53,8 +53,13 @@ class Archive:
             far_field=config.far_field,
             inverse_frequencies=self._inverse_frequencies,
         )
-        self._set_chunks(self.chunks + self._store.append(closed.records, closed.order))
-        self.summaries.append(closed)
+        try:
+            self.summaries.append(closed)
+            ids = self._store.append(closed.records, closed.order)
+        except BaseException:  # out of memory on either side: the chunks stay open
+            self.summaries.truncate(len(self.chunks))
+            raise
+        self._set_chunks(self.chunks + ids)
 
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,10 +137,6 @@ class HGACache(DynamicCache):
         """Whether a mask (B, tokens so far + 1) pads the next token of some row. ValueError if it does not fit."""
         return self.routed[0].has_padding(padding)
 
-    def positions(self) -> list[int]:
-        """Positions of the rows' newest tokens, pad tokens not counted."""
-        return [row.length - 1 for row in self.routed[0].rows]
-
     @contextmanager
     def begin_token(self) -> Iterator[None]:
         """A step of one token a row: the host's bookkeeping comes first, inside only kernels are launched.
@@ -161,6 +158,17 @@ class HGACache(DynamicCache):
             self.decoding.active = False
         for layer in begun:
             layer.end_token()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HGACache:
+        """TypeError on a GPU, where a copy's archive would not be page-locked."""
+        if any(layer.is_initialized and layer.device.type == "cuda" for layer in self.routed):
+            raise TypeError(
+                "an HGACache on a GPU cannot be deep-copied; crop it back instead, or read the prefix again"
+            )
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""

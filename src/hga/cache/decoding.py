@@ -44,13 +44,8 @@ class Decoding:
 
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
         """Tell the device what is in use, unless another layer has told it already. ValueError for bad K/V."""
+        self.check_faults(device)
         shared = self._on(device, len(rows))
-        if int(shared.faults[0]):
-            shared.faults.zero_()
-            raise ValueError(
-                "K/V of a decoded token hold NaN or infinite numbers (found after the step); what was generated "
-                "since is not to be trusted. Check the weights and the dtype, then call cache.reset()"
-            )
         numbers = tuple((row.near_length, row.chunks, step, 0) for row in rows)
         if numbers == shared.published:
             return
@@ -63,6 +58,16 @@ class Decoding:
         shared.counts.copy_(shared.staged[slot], non_blocking=True)
         if device.type == "cuda":
             shared.copied[slot] = torch.cuda.current_stream(device).record_event()
+
+    def check_faults(self, device: torch.device) -> None:
+        """ValueError if a kernel has met K/V that are not finite; what it found is reported once."""
+        shared = self._shared.get(device)
+        if shared is not None and int(shared.faults[0]):
+            shared.faults.zero_()
+            raise ValueError(
+                "K/V of a decoded token hold NaN or infinite numbers (found after the step); what was generated "
+                "since is not to be trusted. Check the weights and the dtype, then call cache.reset()"
+            )
 
     def counts(self, device: torch.device) -> Tensor:
         """The counts (B, 4) that kernels read."""

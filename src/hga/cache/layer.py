@@ -27,10 +27,13 @@ class Handshake:
     """Which layer has taken new K/V that no attention has asked for yet; shared by a cache's layers.
 
     An `update()` followed by another attention implementation would be wrong without a sign: it would see
-    the new tokens alone. The next layer's `update()` finds the open handshake and refuses.
+    the new tokens alone. The next layer's `update()` finds the open handshake and refuses. first_idx: the layer that
+    a forward updates first; seen: its tokens, as many as the others must have seen.
     """
 
     awaiting: HGALayer | None = None
+    first_idx: int | None = None
+    seen: int = 0
 
 
 @dataclass
@@ -108,6 +111,7 @@ class HGALayer(CacheLayerMixin):
         self._new = (key_states.detach(), value_states.detach())
         if not self._decoding.active:
             self._seen += key_states.shape[2]
+            self._check_step()
         self._handshake.awaiting = self
         key_states._hga_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -189,15 +193,18 @@ class HGALayer(CacheLayerMixin):
         self, query: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, scoring: Scoring
     ) -> Tensor:
         if self._decoding.active and self._decoder is not None:
+            out = self._decoder.attend(query, keys, values, scoring)
             self._handshake.awaiting = None
-            return self._decoder.attend(query, keys, values, scoring)
+            return out
+        self._decoding.check_faults(self.device)
         tokens, kv_heads = query.shape[2], keys.shape[1]
         pads = self._pads(padding, tokens, self._seen)
         if tokens == 1 and self.can_begin_token():
             self.begin_token(self._seen)
-            self._handshake.awaiting = None
             assert self._decoder is not None
-            return self._decoder.attend(query, keys, values, scoring)
+            out = self._decoder.attend(query, keys, values, scoring)
+            self._handshake.awaiting = None
+            return out
         out = torch.zeros_like(query)
         for index, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
             if pad == tokens:
@@ -212,24 +219,30 @@ class HGALayer(CacheLayerMixin):
     # ---- single tokens by kernels --------------------------------------------------------------------
 
     def can_begin_token(self) -> bool:
-        """Whether kernels serve the next token of every row."""
+        """Whether kernels serve the next token of every row. Closes what is due before it."""
         return (
             self.is_initialized
             and kernels_serve(self.hga_config, self.dtype, self.device)
+            and all(row.close_due() for row in self.rows)
             and all(store.gpu_readable for store in self._stores)
-            and all(row.can_begin_token() for row in self.rows)
         )
 
     def begin_token(self, step: int) -> None:
-        """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number."""
-        for row in self.rows:
-            row.begin_token()
-        if self._decoder is None:
-            self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
+        """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number.
+
+        `can_begin_token` comes first. After an error the rows are as before.
+        """
+        begun: list[Row] = []
         try:
+            for row in self.rows:
+                row.begin_token()
+                begun.append(row)
+            if self._decoder is None:
+                self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
             self._decoder.prepare(self.rows, step)
-        except Exception:
-            self.take_back_token()
+        except BaseException:
+            for row in begun:
+                row.take_back_token()
             raise
 
     def end_token(self) -> None:
@@ -241,6 +254,8 @@ class HGALayer(CacheLayerMixin):
         self._new, self._handshake.awaiting = None, None
         for row in self.rows:
             row.take_back_token()
+        if self._decoder is not None:
+            self._decoder.forget()  # the slots of this step's groups look in use; another token may come instead
 
     def has_padding(self, padding: Tensor | None) -> bool:
         """Whether a mask (B, seen + 1) pads the next token of some row. ValueError for a mask that does not fit."""
@@ -350,6 +365,17 @@ class HGALayer(CacheLayerMixin):
             if index not in taken:
                 row.release()
         self.rows, self._decoder = rows, None
+
+    def _check_step(self) -> None:
+        """RuntimeError if the cache's layers have not seen the same tokens: a forward ended in the middle."""
+        handshake = self._handshake
+        if handshake.first_idx in (None, self.layer_idx):
+            handshake.first_idx, handshake.seen = self.layer_idx, self._seen
+        if self._seen != handshake.seen:
+            raise RuntimeError(
+                f"layer {self.layer_idx} of this HGACache has seen {self._seen} tokens, layer {handshake.first_idx} "
+                f"{handshake.seen}: an earlier forward was interrupted; call cache.reset()"
+            )
 
     def _check_shape(self, keys: Tensor, values: Tensor) -> None:
         expected = (self.shape.kv_heads, self.shape.head_dim)

@@ -112,25 +112,23 @@ class Row:
             raise ValueError(f"a row of {self.length} tokens has no closed chunk yet")
         return self._archive
 
-    def can_begin_token(self) -> bool:
-        """Whether the next token is routed, with something to route to."""
-        return (
-            self.length >= self._config.dense_positions
-            and max(self.chunks, closed_chunks(self._config, self.length)) > 0
-        )
+    def close_due(self) -> bool:
+        """Close what is due before the next token; whether that is routed, with something to route to."""
+        if self.length < self._config.dense_positions:
+            return False
+        self._close(closed_chunks(self._config, self.length))
+        return self.chunks > 0
 
     def begin_token(self) -> None:
-        """Count one more token, whose K/V a kernel writes to the end of `near`; closes what is due before it."""
+        """Count one more token, whose K/V a kernel writes to the end of `near`. `close_due` comes first."""
         config = self._config
-        self._close(closed_chunks(self._config, self.length))
         room = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
         if self._keys.shape[1] != room:
-            used = self.near_length
-            for name in ("_keys", "_values"):
-                held = getattr(self, name)
-                moved = held.new_empty(held.shape[0], room, held.shape[2])
-                moved[:, :used] = held[:, :used]
-                setattr(self, name, moved)
+            heads, _, width = self._keys.shape
+            moved = [self._keys.new_empty(heads, room, width) for _ in range(2)]
+            for buffer, held in zip(moved, self._near(), strict=True):
+                buffer[:, : self.near_length] = held
+            self._keys, self._values = moved
         self.length += 1
         # What a union of R choices fetches is counted by the kernels.
         self._count(self.length - 1, 1, self.chunks, None, 0)
@@ -267,8 +265,10 @@ class Row:
             self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
         first = self._config.sink_tokens
         last = first + (chunks - self.chunks) * self._config.chunk_size
+        # What may run out of memory comes first: a chunk is closed and cut out of `near`, or neither.
+        kept = [torch.cat([x[:, :first], x[:, last:]], 1) for x in (keys, values)]
         self._archive.close(keys[:, first:last], values[:, first:last])
-        self._keep_near(*(torch.cat([x[:, :first], x[:, last:]], 1) for x in (keys, values)))
+        self._keep_near(*kept)
 
     def _near(self) -> tuple[Tensor, Tensor]:
         return self._keys[:, : self.near_length], self._values[:, : self.near_length]

@@ -28,11 +28,12 @@ class GrowingRows:
     def append(self, rows: Rows) -> None:
         """Keep encoded rows (Hkv, n, D); all appended rows are of one type."""
         end = self.length + rows.data.shape[1]
-        self._data = self._grown(self._data, rows.data)
-        self._data[:, self.length : end] = rows.data
-        if rows.scale is not None:
-            self._scale = self._grown(self._scale, rows.scale)
-            self._scale[:, self.length : end] = rows.scale
+        data = self._grown(self._data, rows.data)
+        scale = None if rows.scale is None else self._grown(self._scale, rows.scale)
+        self._data, self._scale = data, scale  # both or, without memory for one, none
+        data[:, self.length : end] = rows.data
+        if rows.scale is not None and scale is not None:
+            scale[:, self.length : end] = rows.scale
         self.length = end
 
     def truncate(self, length: int) -> None:

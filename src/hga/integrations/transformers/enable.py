@@ -17,7 +17,7 @@ from hga.cache import HGACache
 from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
-from hga.integrations.transformers.step import Stepper, can_capture
+from hga.integrations.transformers.step import Stepper
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _STATE = "_hga_enabled"
@@ -103,10 +103,10 @@ def _forward(
     call = functools.partial(inner, past_key_values=cache, use_cache=use_cache, **kwargs)
     count = tokens.shape[1]
     if count == 1 and isinstance(cache, HGACache) and input_ids is not None:
-        plain = _is_plain_step(attention_mask, position_ids, kwargs) and cache.can_begin_token()
+        plain = _is_plain_step(model.config, attention_mask, position_ids, kwargs) and cache.can_begin_token()
         if plain and not cache.has_padding(None if attention_mask is None else attention_mask.bool()):
-            if cache.stepper is None:
-                cache.stepper = Stepper(capturable=can_capture(model))
+            if cache.stepper is None or cache.stepper.inner is not inner:
+                cache.stepper = Stepper(model, inner)
             return cache.stepper.step(functools.partial(call, attention_mask=None), cache, input_ids, position_ids)
     blocks = -(-count // hga_config.block_tokens)
     if blocks <= 1 or not isinstance(cache, HGACache) or not _splittable(attention_mask, logits_to_keep, kwargs):
@@ -168,11 +168,16 @@ def _routed_cache(model: PreTrainedModel, hga_config: HGAConfig, cache: Any, use
     )
 
 
-def _is_plain_step(attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]) -> bool:
+def _is_plain_step(config: Any, attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a step asks for nothing but logits, so that the same kernels serve it whatever the token."""
     if position_ids is not None and position_ids.ndim != 2:
         return False
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        return False
+    extra = ("output_hidden_states", "output_attentions", "output_router_logits")
+    if kwargs.get("return_dict") is False or not getattr(config, "return_dict", True):
+        return False
+    if any(getattr(config, name, False) for name in extra):
         return False
     return all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
 

@@ -16,32 +16,45 @@ from hga.cache import HGACache
 _log = logging.getLogger("hga")
 _EAGER_STEPS = 2  # a graph pays from the third step on
 
+_REFUSED = "_hga_capture_failed"
+
 Forward = Callable[..., Any]
 
 
 class StepGraph:
-    """A forward of one token a row, captured. It serves until a buffer of its cache moves."""
+    """A forward of one token a row, captured. It serves until a buffer of its cache or a weight moves."""
 
-    def __init__(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> None:
+    def __init__(self, model: Any, forward: Forward, input_ids: Tensor, position_ids: Tensor) -> None:
         """Inside `cache.begin_token()`: the captured step may run again and again for one token."""
-        self.generation = cache.decoding.generation
+        self._weights = [(parameter, parameter.data_ptr()) for parameter in model.parameters()]
         self._ids, self._positions = input_ids.clone(), position_ids.clone()
-        stream = _capture_stream(input_ids.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and makes the libraries allocate
-            forward(input_ids=self._ids, position_ids=self._positions)
-        torch.cuda.current_stream().wait_stream(stream)
+        device = input_ids.device
+        current, stream = torch.cuda.current_stream(device), _capture_stream(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._out = forward(input_ids=self._ids, position_ids=self._positions)
+        # Entered again here, the current stream comes back even where a failed capture leaves its own in place.
+        with torch.cuda.device(device), torch.cuda.stream(current):
+            try:
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):  # compiles kernels and makes the libraries allocate
+                    forward(input_ids=self._ids, position_ids=self._positions)
+            finally:
+                current.wait_stream(stream)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._out = forward(input_ids=self._ids, position_ids=self._positions)
+        self._out.past_key_values = None  # a cycle with the cache would keep its memory until it is collected
 
-    def replay(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+    def serves(self) -> bool:
+        """Whether the weights are where they were captured."""
+        return all(parameter.data_ptr() == pointer for parameter, pointer in self._weights)
+
+    def replay(self, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> Any:
         """The model's output for these tokens (B, 1) at these positions (B, 1)."""
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
         self._graph.replay()
         out = copy.copy(self._out)
         out.logits = self._out.logits.clone()  # the next replay overwrites them
+        out.past_key_values = cache
         return out
 
 
@@ -57,46 +70,58 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class Stepper:
     """Decodes tokens of one model and cache: eagerly at first, then by a graph, eagerly again if that fails."""
 
-    def __init__(self, capturable: bool) -> None:
-        self._capturable = capturable
+    def __init__(self, model: Any, inner: Forward) -> None:
+        """inner: the model's own forward, which tells one model from another that uses the same cache."""
+        self.inner = inner
+        self._model = model
+        self._capturable = _can_capture(model)
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._generation = -1
 
     def step(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor | None) -> Any:
         """Read one token a row (B, 1); returns what `forward(input_ids=..., position_ids=...)` does."""
+        rows = input_ids.shape[0]
+        if position_ids is None:  # pad tokens count, as in transformers
+            position_ids = torch.full((rows, 1), cache.get_seq_length(), device=input_ids.device)
+        position_ids = position_ids.expand(rows, 1)
         with cache.begin_token():
-            if position_ids is None:
-                position_ids = torch.tensor(cache.positions(), device=input_ids.device)[:, None]
-            generation = cache.decoding.generation
-            if generation != self._generation:
-                self._graph, self._eager_steps, self._generation = None, 0, generation
+            moved = cache.decoding.generation != self._generation
+            if moved or (self._graph is not None and not self._graph.serves()):
+                self._graph, self._eager_steps, self._generation = None, 0, cache.decoding.generation
             if self._graph is None and self._capturable and self._eager_steps >= _EAGER_STEPS:
-                self._graph = self._capture(forward, cache, input_ids, position_ids)
+                self._graph = self._capture(forward, input_ids, position_ids)
             if self._graph is not None:
-                return self._graph.replay(input_ids, position_ids)
+                return self._graph.replay(cache, input_ids, position_ids)
             self._eager_steps += 1
             return forward(input_ids=input_ids, position_ids=position_ids)
 
-    def _capture(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
+    def _capture(self, forward: Forward, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
         try:
-            return StepGraph(forward, cache, input_ids, position_ids)
+            return StepGraph(self._model, forward, input_ids, position_ids)
         except RuntimeError as error:
             self._capturable = False
+            setattr(self._model, _REFUSED, True)  # a failed capture costs memory: not again for the next cache
             _log.warning(
-                "decoding without a CUDA graph: the model's step cannot be captured (%s). Mixtures of experts need "
-                "model.set_experts_implementation('batched_mm')",
-                str(error).split("\n")[0],
+                "decoding without a CUDA graph: the model's step cannot be captured (%s)", str(error).split("\n")[0]
             )
             return None
 
 
-def can_capture(model: Any) -> bool:
-    """Whether a model's step can be captured at all: every weight on one CUDA device. Logs why not."""
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    devices |= {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values() if place != ""}
-    kinds = {device if device.isalpha() else "cuda" for device in devices}
-    if kinds != {"cuda"} or len({str(parameter.device) for parameter in model.parameters()}) > 1:
-        _log.info("decoding without a CUDA graph: the weights are spread over %s", ", ".join(sorted(devices)))
+def _can_capture(model: Any) -> bool:
+    """Whether to try to capture a model's step: every weight on one CUDA device, no adapters. Logs why not."""
+    if getattr(model, _REFUSED, False):
         return False
-    return True
+    places = {str(parameter.device) for parameter in model.parameters()}
+    mapped = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values() if place != ""}
+    kinds = {place if place.isalpha() else "cuda" for place in places | mapped}
+    reason = None
+    if kinds != {"cuda"} or len(places) > 1:
+        reason = f"the weights are spread over {', '.join(sorted(places | mapped))}"
+    elif getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
+        reason = "the model has adapters, which may be switched between steps"
+    elif getattr(model.config, "_experts_implementation", None) == "eager":
+        reason = "its experts run in a loop; call model.set_experts_implementation('batched_mm')"
+    if reason is not None:
+        _log.info("decoding without a CUDA graph: %s", reason)
+    return reason is None

@@ -76,6 +76,8 @@ def weigh_kernel(
         mask = (r < ROWS)[:, None] & allowed[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=mask, other=float("-inf"))
         shares = tl.sum(tl.where(mask, tl.exp(s - logsumexp[:, None]), 0.0), 0)
+        # NaN, which a query with NaN gives, would order above everything and overrun what has room for `keep`.
+        shares = tl.where(shares < 31.9, shares, 31.9)
         bits = tl.where(allowed, shares.to(tl.int32, bitcast=True), -1)
         tl.store(mass + selector.to(tl.int64) * scores_stride + column, bits, mask=column < stop)
         seen += tl.histogram(find_bin(bits), BINS, mask=column < stop)
@@ -186,13 +188,14 @@ def resolve_kernel(
         rank = equal_before + tl.cumsum(equal.to(tl.int32), 0) - 1
         taken_equal = equal & (rank < missing)
         taken = taken_equal | ((column >= 0) & (bits > prefix))
-        tl.store(chosen + place + tl.cumsum(taken.to(tl.int32), 0) - 1, column, mask=taken)
+        at_place = place + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(chosen + at_place, column, mask=taken & (at_place < keep))
         last = tl.maximum(last, tl.max(tl.where(taken_equal, column, -1), 0))
         equal_before += tl.sum(equal.to(tl.int32), 0)
         place += tl.sum(taken.to(tl.int32), 0)
     tl.store(limits + selector * 2, prefix)
     tl.store(limits + selector * 2 + 1, last)
-    tl.store(chosen_counts + selector, place)
+    tl.store(chosen_counts + selector, tl.minimum(place, keep))
 
 
 @triton.jit
