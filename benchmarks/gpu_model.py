@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.cache_utils import DynamicLayer
 
 import hga
-from hga.ops.prefill_routed import closed_chunks
+from hga.ops.tiles import closed_chunks
 
 _FILLED_AT_ONCE = 8192
 

@@ -26,8 +26,9 @@ from hga.ops.kernels import flash
 from hga.ops.kernels.prefill import attend_all, attend_causal
 from hga.ops.kernels.prefill_routed import attend_prefill_routed
 from hga.ops.precision import encode_rows, resolve_summary_dtype
-from hga.ops.prefill_routed import ClosedChunks, closed_chunks
+from hga.ops.prefill_routed import ClosedChunks
 from hga.ops.summaries import mean_rows
+from hga.ops.tiles import closed_chunks
 
 KV_HEADS, REPEATS, HEAD_DIM = 4, 8, 128
 SCALE = HEAD_DIM**-0.5

@@ -79,7 +79,9 @@ class Archive:
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All archived K/V, (Hkv, some chunks, D) at a time, in group order."""
         for start in range(0, len(self.chunks), _STREAMED_CHUNKS):
-            records, _ = self._store.read(self.chunks[start : start + _STREAMED_CHUNKS], self._device)
+            chunks = self.chunks[start : start + _STREAMED_CHUNKS]
+            records = self._records(len(chunks))
+            self._store.stage(chunks, records)
             keys, values = self._store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 

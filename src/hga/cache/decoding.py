@@ -175,7 +175,7 @@ class LayerDecoder:
         )
 
     def _stack(self, rows: list[Row]) -> DecodeLayer:
-        near = [_stack_near([row.near_buffers()[side] for row in rows]) for side in range(2)]
+        near = [_stack_grown([row.near_buffers()[side] for row in rows]) for side in range(2)]
         for index, row in enumerate(rows):
             row.move_near(near[0][index], near[1][index])
         node_keys, node_values, group_keys = (
@@ -203,28 +203,23 @@ def _is_view(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def _stack_near(buffers: list[Tensor]) -> Tensor:
-    """One buffer (B, Hkv, P, D) for the rows' (Hkv, P, D), which have one shape; no copy for a single row."""
-    return buffers[0][None] if len(buffers) == 1 else torch.stack(buffers)
-
-
 def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:
     """One buffer (B, Hkv, capacity, D) that the rows' buffers become views of; None where nothing is kept."""
     if not rows[0].length:
         return None
     held = [row.buffers for row in rows]
     data = _stack_grown([one.data for one in held])
-    scale = _stack_grown([one.scale for one in held if one.scale is not None])
-    assert data is not None
+    scales = [one.scale for one in held if one.scale is not None]
+    scale = _stack_grown(scales) if scales else None
     for index, row in enumerate(rows):
         row.move_to(Rows(data[index], None if scale is None else scale[index]))
     return Rows(data, scale)
 
 
-def _stack_grown(buffers: list[Tensor]) -> Tensor | None:
+def _stack_grown(buffers: list[Tensor]) -> Tensor:
     """Buffers (Hkv, capacity, ...) of several capacities as one (B, Hkv, largest, ...); no copy for a single row."""
-    if len(buffers) <= 1:
-        return buffers[0][None] if buffers else None
+    if len(buffers) == 1:
+        return buffers[0][None]
     heads, _, width = buffers[0].shape
     stacked = buffers[0].new_empty(len(buffers), heads, max(x.shape[1] for x in buffers), width)
     for index, buffer in enumerate(buffers):

@@ -192,19 +192,24 @@ class HGALayer(CacheLayerMixin):
     def _attend_new(
         self, query: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, scoring: Scoring
     ) -> Tensor:
-        if self._decoding.active and self._decoder is not None:
-            out = self._decoder.attend(query, keys, values, scoring)
-            self._handshake.awaiting = None
-            return out
-        self._decoding.check_faults(self.device)
-        tokens, kv_heads = query.shape[2], keys.shape[1]
-        pads = self._pads(padding, tokens, self._seen)
-        if tokens == 1 and self.can_begin_token():
-            self.begin_token(self._seen)
+        by_kernels = self._decoding.active
+        if not by_kernels:
+            self._decoding.check_faults(self.device)
+            pads = self._pads(padding, query.shape[2], self._seen)
+            by_kernels = query.shape[2] == 1 and self.can_begin_token()
+            if by_kernels:
+                self.begin_token(self._seen)
+        if by_kernels:
             assert self._decoder is not None
             out = self._decoder.attend(query, keys, values, scoring)
-            self._handshake.awaiting = None
-            return out
+        else:
+            out = self._attend_rows(query, keys, values, pads, scoring)
+        # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
+        self._handshake.awaiting = None
+        return out
+
+    def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, pads: list[int], scoring: Scoring) -> Tensor:
+        tokens, kv_heads = query.shape[2], keys.shape[1]
         out = torch.zeros_like(query)
         for index, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
             if pad == tokens:
@@ -212,8 +217,6 @@ class HGALayer(CacheLayerMixin):
             row.append(keys[index, :, pad:], values[index, :, pad:])
             grouped = query[index, :, pad:].unflatten(0, (kv_heads, -1))  # (Hkv, R, T', D)
             out[index, :, pad:] = row.attend(grouped, scoring).flatten(0, 1)
-        # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
-        self._handshake.awaiting = None
         return out
 
     # ---- single tokens by kernels --------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 
 from hga.config import HGAConfig
 from hga.ops.precision import resolve_summary_dtype, row_bytes
-from hga.ops.prefill_routed import closed_chunks
+from hga.ops.tiles import closed_chunks
 from hga.store import RecordLayout
 
 

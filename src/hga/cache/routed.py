@@ -13,6 +13,7 @@ from hga.config import HGAConfig
 from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.routing import bias, choose, score, score_blocks, unite
 from hga.ops.summaries import mean_rows, summarise_keys
+from hga.ops.tiles import pending_groups
 
 NUMBERS_AT_ONCE = 1 << 22
 """Logits, or K/V numbers, held at once while queries are attended (16 MiB in float32): keeps memory bounded."""
@@ -119,15 +120,6 @@ def attend_routed(
         part, block_bytes = block.fetch(query, softcap)
         output, fetched_bytes = merge(output, attend([part])), max(fetched_bytes, block_bytes)
     return Routed(add_sinks(output, scoring.sinks), unique, fetched_bytes)
-
-
-def pending_groups(config: HGAConfig, index: int) -> int:
-    """Groups by position, behind the archive, that the query at a place of `near` may open.
-
-    The window starts on a group boundary; what is older than it is routed.
-    """
-    older = max(0, index - config.window_tokens + 1 - config.sink_tokens)
-    return -(-older // config.group_size)
 
 
 def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: float | None) -> Candidates:

@@ -16,12 +16,12 @@ from torch import Tensor
 from hga.cache.archive import Archive, OpenStore
 from hga.cache.block import attend_exact_block, attend_routed_block
 from hga.cache.kernels import kernels_serve
-from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed, pending_groups
+from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import compute_dtype
-from hga.ops.prefill_routed import closed_chunks
 from hga.ops.routing import NEVER, score
+from hga.ops.tiles import closed_chunks, pending_groups
 
 
 @dataclass

@@ -13,33 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hga.config import TILE_TOKENS, HGAConfig
+from hga.config import HGAConfig
 from hga.ops.attention import FarField, Part, attend_once
 from hga.ops.precision import Rows, compute_dtype, decode_rows
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows
-
-NEAR_LENGTH, CLOSED_CHUNKS, STEP = 0, 1, 2
-"""Columns of the counts (B, 4) int32: tokens in `near`, the new one included; closed chunks; a number that grows."""
+from hga.ops.tiles import pending_capacity, pending_groups
 
 NEAR_SPLITS, CACHED_SPLITS = 8, 32
 """Parts of a step's attention to `near` and to opened groups; the far field has `Scratch.splits`."""
 
+BINS = 512
+"""Bins of the histogram by which masses are chosen."""
+
+PENDING_BLOCK = 32
+"""Pending groups that are scored at once."""
+
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
 _MANY_UNITS = 1 << 15
-_BINS = 512
 _NEVER_USED = -(1 << 20)
 
 
 def padded_width(head_dim: int) -> int:
     """D as kernels compute it: a power of two, 16 at least."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def pending_capacity(config: HGAConfig) -> int:
-    """Most groups by position between archive and window, a multiple of 32: chunks close at tile starts."""
-    most = -(-(config.chunk_size + TILE_TOKENS) // config.group_size)
-    return -(-most // 32) * 32
 
 
 def _selection_splits(columns: int, device: torch.device) -> int:
@@ -80,7 +77,7 @@ class Choice:
             peaks=floats(lines, parts),
             totals=floats(lines, parts),
             mass=ints(selectors, columns),
-            histogram=ints(selectors, _selection_splits(columns, device), _BINS),
+            histogram=ints(selectors, _selection_splits(columns, device), BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
             found=ints(selectors, 4),
@@ -120,7 +117,7 @@ class Scratch:
         if chunks * config.chunk_size // config.node_size > _MANY_UNITS:
             programs *= 2
         splits = max(2, min(128, 1 << int(math.log2(max(1, programs / selectors)))))
-        parts, first = splits + 1, pending_capacity(config)
+        parts, first = splits + 1, pending_capacity(config, PENDING_BLOCK)
         nodes, columns = None, first + chunks * config.chunk_size // config.group_size
         if config.two_level:
             count = chunks * config.chunk_size // config.node_size
@@ -235,8 +232,9 @@ def attend_decode(
 ) -> Tensor:
     """Append one token's K/V (B, Hkv, 1, D) to `near` and attend its queries (B, Hq, 1, D): (B, Hq, 1, D).
 
-    counts: int32 (B, 4), the new token included. softcap: of the scores; sinks: learned logits (Hkv, R). Every
-    chunk that may be closed is. Plain mean summaries only. This reference reads records in host memory.
+    counts: int32 (B, 4): tokens in `near`, the new one included, closed chunks, a number that grows. softcap: of the
+    scores; sinks: learned logits (Hkv, R). Every chunk that may be closed is. Plain mean summaries only. This
+    reference reads records in host memory.
     """
     out = torch.empty_like(query)
     for row, (length, chunks) in enumerate(counts[:, :2].tolist()):
@@ -261,7 +259,7 @@ def _attend_row(
     size, sink, work = config.group_size, config.sink_tokens, compute_dtype(query.dtype)
     query = query.to(work) * scale
     near_keys, near_values = (x[row, :, :length].to(work) for x in (layer.near_keys, layer.near_values))
-    pending = -(-max(0, length - config.window_tokens - sink) // size)
+    pending = pending_groups(config, length - 1)
     span = slice(sink, sink + pending * size)
     pending_scores = score(query, mean_rows(near_keys[:, span], size), softcap)  # (Hkv, R, 1, pending)
     heads = query.shape[0]
@@ -272,7 +270,7 @@ def _attend_row(
         return decode_rows(Rows(summary.data[row, :, :count], scales), work)
 
     node_scores = score(query, rows(layer.node_keys, nodes), softcap)  # (Hkv, R, 1, N)
-    group_scores = node_scores[..., None]
+    listed, group_scores = torch.ones_like(node_scores, dtype=torch.bool), node_scores[..., None]
     if config.two_level and layer.group_keys is not None:
         listed = choose(node_scores, config.candidate_nodes, config.selection)
         group_scores = score(query, rows(layer.group_keys, nodes * per_node), softcap).unflatten(-1, (-1, per_node))
@@ -292,9 +290,7 @@ def _attend_row(
         unopened = (pending_scores + math.log(size)).masked_fill(opened_near, NEVER)
         parts.append(Part(unopened, mean_rows(near_values[:, span], size)))
         of_groups = (group_scores + math.log(size)).masked_fill(opened_far.unflatten(-1, (-1, per_node)), NEVER)
-        one_level = torch.ones_like(node_scores, dtype=torch.bool)
-        scored = listed if config.two_level else one_level
-        of_nodes = (node_scores + math.log(config.node_size)).masked_fill(scored, NEVER)
+        of_nodes = (node_scores + math.log(config.node_size)).masked_fill(listed, NEVER)
         every = torch.arange(nodes, device=query.device).expand(heads, nodes)
         far = FarField(of_nodes, of_groups, every, rows(layer.node_values, nodes))
     return attend_once(parts, far, sinks).to(layer.near_keys.dtype)

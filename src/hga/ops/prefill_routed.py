@@ -13,6 +13,7 @@ from hga.ops.attention import Output, Part, attend
 from hga.ops.precision import Rows, compute_dtype, decode_rows
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows, summarise_keys
+from hga.ops.tiles import closed_chunks
 
 
 class ClosedChunks(NamedTuple):
@@ -62,12 +63,6 @@ def attend_prefill_routed(
         outputs.append(_attend_tile(config, here, keys, values, closed, chunks, index, softcap, inverse_frequencies))
         start = stop
     return Output(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True)))
-
-
-def closed_chunks(config: HGAConfig, position: int) -> int:
-    """Chunks that count as closed for the tile of `position`: those that end before its window."""
-    tile = position // TILE_TOKENS * TILE_TOKENS
-    return max(0, (tile - config.window_tokens - config.sink_tokens) // config.chunk_size)
 
 
 def check_block(config: HGAConfig, query: Tensor, near_keys: Tensor, closed: ClosedChunks | None, first: int) -> int:

@@ -70,24 +70,21 @@ class MemoryStore:
     def read(self, ids: list[int], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         """See `Store.read`. Neighbours come in one copy."""
         layout, target = self.layout, self.device if device is None else device
-        if target == self._gpu:
-            self.wait()
-        else:
-            self._settle()
         records = torch.empty((len(ids), *layout.shape), dtype=layout.dtype, device=target)
-        shape = (len(ids), layout.kv_heads, layout.tokens)
-        order = torch.empty(shape, dtype=torch.int16, device=target) if layout.ordered else None
-        for run in self._runs([self._held(chunk) for chunk in ids]):
-            records[run.chunks].copy_(self._segments[run.segment][run.slots], non_blocking=target.type != "cpu")
-            if order is not None:
-                order[run.chunks].copy_(self._orders[run.segment][run.slots], non_blocking=target.type != "cpu")
-        return records, None if order is None else order.long()
+        self.stage(ids, records)
+        if not layout.ordered:
+            return records, None
+        order = torch.empty((len(ids), layout.kv_heads, layout.tokens), dtype=torch.int16, device=target)
+        self._gather(ids, self._orders, order)
+        return records, order.long()
 
     def stage(self, ids: list[int], out: Tensor) -> None:
         """See `Store.stage`. Neighbours come in one copy."""
-        self.wait()
-        for run in self._runs([self._held(chunk) for chunk in ids]):
-            out[run.chunks].copy_(self._segments[run.segment][run.slots], non_blocking=True)
+        if out.device == self._gpu:
+            self.wait()
+        else:
+            self._settle()
+        self._gather(ids, self._segments, out)
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`. Keys and values go straight to their places: one copy, a head and a segment at a time."""
@@ -203,6 +200,11 @@ class MemoryStore:
         self._free, self._capacity = [], 0
 
     # ---- copies --------------------------------------------------------------------------------------
+
+    def _gather(self, ids: list[int], segments: list[Tensor], out: Tensor) -> None:
+        """Copy what segments hold of chunks to `out`, in order."""
+        for run in self._runs([self._held(chunk) for chunk in ids]):
+            out[run.chunks].copy_(segments[run.segment][run.slots], non_blocking=out.device.type != "cpu")
 
     def _copy(self, ids: list[int], records: Tensor, order: Tensor | None) -> None:
         for run in self._runs(ids):

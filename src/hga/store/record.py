@@ -83,7 +83,7 @@ class Store(Protocol):
         ...
 
     def stage(self, ids: list[int], out: Tensor) -> None:
-        """Copy whole chunks to `out` (N, Hkv, G, 2, g, D) on a GPU, in order, on its current stream."""
+        """Copy whole chunks to `out` (N, Hkv, G, 2, g, D), in order; on a GPU on its current stream."""
         ...
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice, DecodeLayer, padded_width, pending_capacity
+from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, PENDING_BLOCK, Choice, DecodeLayer, padded_width
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
     attend_far_kernel,
@@ -24,8 +25,8 @@ from hga.ops.kernels.scores import score_kernel
 from hga.ops.kernels.selection import collect_kernel, resolve_kernel, weigh_kernel
 from hga.ops.kernels.slots import assign_kernel, fetch_kernel
 from hga.ops.precision import Rows
+from hga.ops.tiles import pending_capacity
 
-SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _FETCH_PROGRAMS = 32
 _SELECTION_BLOCK = 1024  # of both passes over the columns: their splits must be the same columns
@@ -54,12 +55,12 @@ class _Step:
         self.selectors_each = repeats if config.selection == "per_head" else 1
         self.selectors = self.problems * self.selectors_each
         self.wide = padded_width(self.width)
-        self.first = pending_capacity(config)
+        self.first = pending_capacity(config, PENDING_BLOCK)
         self.per_node = config.node_size // config.group_size if config.two_level else 0
         self.tile = {
             "ROWS": repeats // self.selectors_each,
             "SELECTORS": self.selectors_each,
-            "RB": max(16, 1 << (repeats // self.selectors_each - 1).bit_length()),
+            "RB": max(16, triton.next_power_of_2(repeats // self.selectors_each)),
             "DB": self.wide,
         }
 
@@ -174,9 +175,9 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
         units,
         ROWS=step.tile["ROWS"],
         SELECTORS=step.selectors_each,
-        RP=1 << (step.tile["ROWS"] - 1).bit_length(),
+        RP=triton.next_power_of_2(step.tile["ROWS"]),
         PARTS=parts,
-        PARTS_B=1 << (parts - 1).bit_length(),
+        PARTS_B=triton.next_power_of_2(parts),
         SPLITS=splits,
         BLOCK=_SELECTION_BLOCK,
         GROUP=config.group_size,
@@ -243,7 +244,7 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         step.kv_heads,
         groups.keep,
         SELECTORS=step.selectors_each,
-        SLOTS_B=1 << (count - 1).bit_length(),
+        SLOTS_B=triton.next_power_of_2(count),
         BLOCK=512,
         PER_NODE=step.per_node,
         FIRST=step.first,
@@ -260,7 +261,7 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         step.kv_heads,
         config.chunk_size // config.group_size,
         WORDS=words,
-        WORDS_B=1 << (words - 1).bit_length(),
+        WORDS_B=triton.next_power_of_2(words),
         BLOCK=4,
         PROGRAMS=_FETCH_PROGRAMS,
     )
@@ -280,7 +281,7 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=0)
+    return torch.cuda.Stream(device)
 
 
 def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float) -> int:
@@ -316,7 +317,7 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
             **step.tile,
             BLOCK=128 if fp8 else 64,
             SPLITS=splits,
-            PARTS_B=1 << splits.bit_length(),
+            PARTS_B=triton.next_power_of_2(splits + 1),
             FIRST=0 if two_level else step.first,
             **encoding,
             num_stages=3,
@@ -339,7 +340,7 @@ def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice
                 **step.tile,
                 BLOCK=32,
                 SPLITS=CACHED_SPLITS,
-                PARTS_B=1 << splits.bit_length(),
+                PARTS_B=triton.next_power_of_2(splits + 1),
                 FIRST=step.first,
                 PER_NODE=step.per_node,
                 **encoding,
@@ -414,7 +415,7 @@ def _attend_fetched(
         used,
         step.heads,
         step.width,
-        PARTS_B=1 << (used - 1).bit_length(),
+        PARTS_B=triton.next_power_of_2(used),
         SHARE=share,
         DB=step.wide,
         SINKS=sinks is not None,

@@ -35,7 +35,8 @@ from hga.ops.kernels.prefill_choice import choose_units
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, cut_strips, load_query, place_rows
 from hga.ops.precision import Rows
 from hga.ops.prefill import nothing_attended
-from hga.ops.prefill_routed import ClosedChunks, check_block, closed_chunks
+from hga.ops.prefill_routed import ClosedChunks, check_block
+from hga.ops.tiles import closed_chunks
 
 SCRATCH_BYTES = 256 << 20
 """Scratch of each kind held at once (decoded summaries; masses; choices): heads and strips go by in batches."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hga.ops import decode
+
+PENDING_BLOCK = tl.constexpr(decode.PENDING_BLOCK)
 COUNTS = tl.constexpr(4)  # int32 a row: tokens in `near`, closed chunks, step, unused
 
 
@@ -212,7 +215,7 @@ def score_kernel(
         pending = count_pending(near_length, sink, window, GROUP)
         near_start = problem.to(tl.int64) * near_capacity + sink
         peak, total = score_pending(
-            query, near_keys, near_start, pending, scale, softcap, width, out, RB, ROWS, DB, GROUP, 32
+            query, near_keys, near_start, pending, scale, softcap, width, out, RB, ROWS, DB, GROUP, PENDING_BLOCK
         )
         tl.store(peaks + part, peak, mask=r < ROWS)
         tl.store(totals + part, total, mask=r < ROWS)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hga.ops import decode
 from hga.ops.kernels.scores import COUNTS, count_pending, split_range
 
-BINS = tl.constexpr(512)
+BINS = tl.constexpr(decode.BINS)
 _LOWEST = tl.constexpr((127 - 27) << 4)  # bits >> 19 of 2 ** -27: sixteen bins an octave from there to 2 ** 5
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.kernels.flash import choose_launch, load_rows, padded_width
+from hga.ops.tiles import pending_capacity
 
 CHANGING = ("strip_first", "closed_before", "first", "tokens", "near_held", "near_tokens")
 """Arguments that differ from block to block: a kernel specialised on them would be compiled again and again."""
@@ -64,7 +65,7 @@ def cut_strips(config: HGAConfig, query: Tensor, first: int, closed_before: int,
         "CHUNK": config.chunk_size,
         "GROUP": config.group_size,
         "TILE": TILE_TOKENS,
-        "PENDING_WIDTH": -(-(config.chunk_size + TILE_TOKENS) // (config.group_size * launch.keys)) * launch.keys,
+        "PENDING_WIDTH": pending_capacity(config, launch.keys),
         "SPLIT": 1 if shared else repeats,
         "REPEATS": repeats if shared else 1,
         "QUERIES": queries,
