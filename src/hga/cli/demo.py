@@ -136,11 +136,13 @@ def _decode(
     """Continue greedily from `token` (1, 1): the tokens, and tokens a second behind the first one."""
     import torch
 
+    from hga.cache.families import cache_argument
+
     written: list[int] = []
-    started = 0.0
+    started, argument = 0.0, cache_argument(model)
     with torch.no_grad():
         for _ in range(count):
-            logits = model(token, past_key_values=cache, use_cache=True).logits
+            logits = model(token, use_cache=True, **{argument: cache}).logits
             token = logits[:, -1:].argmax(-1)
             written.append(int(token))
             progress(1)

@@ -114,11 +114,14 @@ def _read(model: Any, ids: Tensor, cache: Any, block: int) -> None:
     """Feed all of the prompt but its last token, with a progress bar; generate takes it from there."""
     import torch
 
+    from hga.cache.families import cache_argument
+
+    argument = cache_argument(model)
     with torch.no_grad(), token_progress() as progress:
         task = progress.add_task("reading", total=ids.shape[1] - 1)
         for start in range(0, ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(part, use_cache=True, logits_to_keep=1, **{argument: cache})
             progress.advance(task, part.shape[1])
 
 
@@ -127,10 +130,12 @@ def _write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, count: int, *, s
     import torch
     from transformers import TextStreamer
 
+    from hga.cache.families import cache_argument
+
     written = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         max_new_tokens=count,
         do_sample=False,
         temperature=None,

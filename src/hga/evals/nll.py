@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import hga
+from hga.cache.families import cache_argument
 from hga.config import PRESETS, TILE_TOKENS, HGAConfig
 
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
@@ -130,7 +131,7 @@ def read(
     from `score_from` on. The last token is left to the caller: nothing is known to follow it, and it is where
     decoding goes on. at_scoring is called before the first scored block.
     """
-    count = ids.shape[1] - 1
+    count, argument = ids.shape[1] - 1, cache_argument(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     scoring_block = min(block_tokens, max(TILE_TOKENS, _LOGITS_AT_ONCE // vocabulary // TILE_TOKENS * TILE_TOKENS))
     losses: list[Tensor] = []
@@ -141,7 +142,7 @@ def read(
             at_scoring()
         stop = min(start + (scoring_block if scored else block_tokens), count if scored else score_from)
         logits = model(
-            ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=0 if scored else 1
+            ids[:, start:stop], use_cache=True, logits_to_keep=0 if scored else 1, **{argument: cache}
         ).logits
         if scored:
             losses.append(cross_entropy(logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hga.cache import HGACache
-from hga.cache.families import check_model_config, routed_layers
+from hga.cache.families import cache_argument, check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
 from hga.integrations.transformers.step import Stepper
@@ -50,12 +50,12 @@ def enable(model: Model, config: HGAConfig | str = "balanced") -> Model:
         )
     routed_layers(model.config.get_text_config(decoder=True), hga_config)
     disable(model)
-    inner = model.forward
+    inner, argument = model.forward, cache_argument(model)
     state = _Enabled(model.config._attn_implementation, vars(model).get("forward"))
     model.set_attn_implementation("hga")
     # An instance attribute over the class's method, as accelerate's hooks do; wraps keeps the signature, which
     # generate inspects.
-    model.forward = functools.wraps(inner)(functools.partial(_forward, model, inner, hga_config))
+    model.forward = functools.wraps(inner)(functools.partial(_forward, model, inner, argument, hga_config))
     setattr(model, _STATE, state)
     return model
 
@@ -85,28 +85,30 @@ def enabled(model: Model, config: HGAConfig | str = "balanced") -> Iterator[Mode
 def _forward(
     model: PreTrainedModel,
     inner: Callable[..., Any],
+    argument: str,
     hga_config: HGAConfig,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
+    cache: Any = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
     **kwargs: Any,
 ) -> Any:
-    """The model's forward with a routed cache, a long input fed block by block."""
+    """The model's forward with a routed cache, under either of its names, a long input fed block by block."""
     tokens = inputs_embeds if inputs_embeds is not None else input_ids
     if tokens is None or tokens.shape[1] == 0:
         raise ValueError(EMPTY_PROMPT)
-    cache = _routed_cache(model, hga_config, past_key_values, use_cache)
-    call = functools.partial(inner, past_key_values=cache, use_cache=use_cache, **kwargs)
+    cache = _routed_cache(model, hga_config, past_key_values if cache is None else cache, use_cache)
+    call = functools.partial(inner, **{argument: cache}, use_cache=use_cache, **kwargs)
     count = tokens.shape[1]
     if count == 1 and isinstance(cache, HGACache) and input_ids is not None:
         plain = _is_plain_step(model.config, attention_mask, position_ids, kwargs) and cache.can_begin_token()
         if plain and not cache.has_padding(None if attention_mask is None else attention_mask.bool()):
             if cache.stepper is None or cache.stepper.inner is not inner:
-                cache.stepper = Stepper(model, inner)
+                cache.stepper = Stepper(model, inner, argument)
             return cache.stepper.step(functools.partial(call, attention_mask=None), cache, input_ids, position_ids)
     blocks = -(-count // hga_config.block_tokens)
     if blocks <= 1 or not isinstance(cache, HGACache) or not _splittable(attention_mask, logits_to_keep, kwargs):

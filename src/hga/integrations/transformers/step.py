@@ -24,9 +24,13 @@ Forward = Callable[..., Any]
 class StepGraph:
     """A forward of one token a row, captured. It serves until a buffer of its cache or a weight moves."""
 
-    def __init__(self, model: Any, forward: Forward, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Inside `cache.begin_token()`: the captured step may run again and again for one token."""
-        self._weights = [(parameter, parameter.data_ptr()) for parameter in model.parameters()]
+    def __init__(self, model: Any, forward: Forward, argument: str, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Inside `cache.begin_token()`: the captured step may run again and again for one token.
+
+        argument: the name by which the forward takes its cache.
+        """
+        self._weights = list(model.parameters())
+        self._pointers = list(map(Tensor.data_ptr, self._weights))
         self._ids, self._positions = input_ids.clone(), position_ids.clone()
         device = input_ids.device
         current, stream = torch.cuda.current_stream(device), _capture_stream(device)
@@ -41,11 +45,12 @@ class StepGraph:
                 current.wait_stream(stream)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._out = forward(input_ids=self._ids, position_ids=self._positions)
-        self._out.past_key_values = None  # a cycle with the cache would keep its memory until it is collected
+        self._argument = argument
+        setattr(self._out, argument, None)  # a cycle with the cache would keep its memory until it is collected
 
     def serves(self) -> bool:
         """Whether the weights are where they were captured."""
-        return all(parameter.data_ptr() == pointer for parameter, pointer in self._weights)
+        return list(map(Tensor.data_ptr, self._weights)) == self._pointers
 
     def replay(self, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> Any:
         """The model's output for these tokens (B, 1) at these positions (B, 1)."""
@@ -54,7 +59,7 @@ class StepGraph:
         self._graph.replay()
         out = copy.copy(self._out)
         out.logits = self._out.logits.clone()  # the next replay overwrites them
-        out.past_key_values = cache
+        setattr(out, self._argument, cache)
         return out
 
 
@@ -70,9 +75,13 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class Stepper:
     """Decodes tokens of one model and cache: eagerly at first, then by a graph, eagerly again if that fails."""
 
-    def __init__(self, model: Any, inner: Forward) -> None:
-        """inner: the model's own forward, which tells one model from another that uses the same cache."""
+    def __init__(self, model: Any, inner: Forward, argument: str) -> None:
+        """inner: the model's own forward, which tells one model from another that uses the same cache.
+
+        argument: the name by which it takes its cache.
+        """
         self.inner = inner
+        self._argument = argument
         self._model = model
         self._capturable = _can_capture(model)
         self._graph: StepGraph | None = None
@@ -98,7 +107,7 @@ class Stepper:
 
     def _capture(self, forward: Forward, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
         try:
-            return StepGraph(self._model, forward, input_ids, position_ids)
+            return StepGraph(self._model, forward, self._argument, input_ids, position_ids)
         except RuntimeError as error:
             self._capturable = False
             setattr(self._model, _REFUSED, True)  # a failed capture costs memory: not again for the next cache
