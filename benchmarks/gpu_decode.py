@@ -5,6 +5,8 @@
 Shape of Qwen3-30B-A3B's layer (32 query heads, 4 KV heads, D 128), bfloat16, random K/V, one CUDA graph a step.
 Queries drift from step to step (`--drift`: share of a query that is new), which sets the hit rate of the slot cache.
 JSON lines, medians in microseconds; `cold` empties the slots before each step: every routed group crosses the bus.
+Before each step 256 MB are written, so that it finds the GPU's cache as the other layers of a model leave it (`--warm`
+leaves this out).
 """
 
 from __future__ import annotations
@@ -78,11 +80,12 @@ def capture(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def median_us(run: Callable[[], Any], before: Callable[[], Any], repeats: int) -> float:
-    """Median time of `run` between events, `before` left out."""
+def median_us(run: Callable[[], Any], before: Callable[[], Any], repeats: int, swept: Tensor) -> float:
+    """Median time of `run` between events, `before` and the writing of `swept` left out."""
     times = []
     for _ in range(repeats):
         before()
+        swept.zero_()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(20000)  # the launch is queued behind it: the host's latency stays out
         start.record()
@@ -93,15 +96,15 @@ def median_us(run: Callable[[], Any], before: Callable[[], Any], repeats: int) -
     return statistics.median(times)
 
 
-def time_dense(context: int, repeats: int) -> float:
+def time_dense(context: int, repeats: int, swept: Tensor) -> float:
     """Dense SDPA over K/V on the GPU, one graph, microseconds."""
     query = torch.randn(1, KV_HEADS * REPEATS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     graph = capture(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
-    return median_us(graph.replay, lambda: None, repeats)
+    return median_us(graph.replay, lambda: None, repeats, swept)
 
 
-def time_routed(config: hga.HGAConfig, context: int, repeats: int, drift: float) -> dict[str, float]:
+def time_routed(config: hga.HGAConfig, context: int, repeats: int, drift: float, swept: Tensor) -> dict[str, float]:
     """Steady state and cold medians in microseconds, hit rate, bytes crossing the bus a step."""
     layer, counts, _records = make_layer(config, context, near=config.sink_tokens + config.window_tokens + 128)
     query = torch.randn(1, KV_HEADS * REPEATS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -119,7 +122,7 @@ def time_routed(config: hga.HGAConfig, context: int, repeats: int, drift: float)
         advance()
         graph.replay()
     layer.slots.traffic.zero_()
-    steady = median_us(graph.replay, advance, repeats)
+    steady = median_us(graph.replay, advance, repeats, swept)
     hits, misses, _ = layer.slots.traffic.sum(0).tolist()
 
     def cold() -> None:
@@ -127,7 +130,7 @@ def time_routed(config: hga.HGAConfig, context: int, repeats: int, drift: float)
         layer.slots.forget()
 
     group_bytes = 2 * config.group_size * HEAD_DIM * 2
-    cold_us = median_us(graph.replay, cold, repeats)
+    cold_us = median_us(graph.replay, cold, repeats, swept)
     routed_bytes = KV_HEADS * config.routed_groups * group_bytes
     floor = routed_bytes / BUS_GB_PER_S / 1e3 + BUS_LATENCY_US
     return {
@@ -167,15 +170,22 @@ def main() -> None:
     parser.add_argument("--rules", default="balanced,lean")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--drift", type=float, default=0.02)
+    parser.add_argument("--warm", action="store_true", help="leave the GPU's cache as the step before left it")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    machine = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
+    swept = torch.empty(0 if options.warm else 256 << 20, dtype=torch.uint8, device="cuda")
+    machine = {
+        "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dtype": "bfloat16",
+        "swept": not options.warm,
+    }
     for context in map(int, options.contexts.split(",")):
-        dense = time_dense(context, options.repeats)
+        dense = time_dense(context, options.repeats, swept)
         print(json.dumps({"rule": "dense", "context": context, "median_us": round(dense, 1), **machine}), flush=True)
         for name in options.rules.split(","):
             config = hga.HGAConfig.preset(name)
-            row = time_routed(config, context, options.repeats, options.drift)
+            row = time_routed(config, context, options.repeats, options.drift, swept)
             row = {
                 "rule": name,
                 "context": context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -44,11 +45,11 @@ class Decoding:
 
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
         """Tell the device what is in use, unless another layer has told it already. ValueError for bad K/V."""
-        self.check_faults(device)
         shared = self._on(device, len(rows))
-        numbers = tuple((row.near_length, row.chunks, step, 0) for row in rows)
+        numbers = tuple([(row.near_length, row.chunks, step, 0) for row in rows])
         if numbers == shared.published:
             return
+        self.check_faults(device)
         shared.published = numbers
         slot = shared.copies % _COPIES_IN_FLIGHT
         shared.copies += 1
@@ -120,13 +121,15 @@ class LayerDecoder:
         self._query_heads = query_heads
         self._layer: DecodeLayer | None = None
         self._known: list[tuple[int, list[int]]] = []
+        self._stacked: list[Tensor] = []  # what the rows held when they were stacked
 
     def prepare(self, rows: list[Row], step: int) -> None:
         """Bring counts, buffers and addresses up to date for a token that the rows count already."""
         device = rows[0].device
         self._decoding.publish(rows, step, device)
-        if self._layer is None or not self._holds(self._layer, rows):
+        if self._layer is None or not self._holds(rows):
             self._layer = self._stack(rows)
+            self._stacked = [buffer for row in rows for buffer in _buffers(row)]
             self._known = [(row.archive.reopenings, []) for row in rows]
             self._decoding.generation += 1
         for index, row in enumerate(rows):
@@ -164,15 +167,10 @@ class LayerDecoder:
         hits, misses, unique = self._layer.slots.traffic.sum(0).tolist()
         return hits, misses, unique
 
-    def _holds(self, layer: DecodeLayer, rows: list[Row]) -> bool:
-        """Whether the rows' buffers are still the views that were stacked."""
-        if len(rows) != layer.near_keys.shape[0]:
-            return False
-        return all(
-            _is_view(layer.near_keys[index], row.near_buffers()[0])
-            and _is_view(layer.node_keys.data[index], row.archive.summaries.node_keys.buffers.data)
-            for index, row in enumerate(rows)
-        )
+    def _holds(self, rows: list[Row]) -> bool:
+        """Whether the rows still hold the very views that were stacked."""
+        held = [buffer for row in rows for buffer in _buffers(row)]
+        return len(held) == len(self._stacked) and all(map(operator.is_, held, self._stacked))
 
     def _stack(self, rows: list[Row]) -> DecodeLayer:
         near = [_stack_grown([row.near_buffers()[side] for row in rows]) for side in range(2)]
@@ -199,8 +197,9 @@ class LayerDecoder:
         )
 
 
-def _is_view(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+def _buffers(row: Row) -> tuple[Tensor, Tensor]:
+    """What changes whenever a row's buffers move: `near` and summaries move all together or not at all."""
+    return row.near_buffers()[0], row.archive.summaries.node_keys.buffers.data
 
 
 def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:

@@ -63,6 +63,19 @@ class _Step:
             "RB": max(16, triton.next_power_of_2(repeats // self.selectors_each)),
             "DB": self.wide,
         }
+        scratch = layer.scratch
+        self.parts = (scratch.peaks, scratch.totals, scratch.sums)
+        self.parts_stride = scratch.peaks.shape[1]
+        if layer.node_values is not None:  # of the far field
+            data, scale = layer.node_values
+            fp8 = scale is not None
+            bits = data.view(torch.uint8) if fp8 else data
+            self.values = (bits, scale if fp8 else data, data.shape[2])
+            self.encoding = {
+                "FP8": fp8,
+                "BY_BITS": _lacks_fp8(query.device),
+                "DTYPE": _widened(query.dtype) if fp8 else _TYPES[query.dtype],
+            }
 
 
 def attend_decode(
@@ -79,22 +92,30 @@ def attend_decode(
     """See `hga.ops.decode.attend_decode`; float16, bfloat16 or float32, contiguous K/V and queries."""
     query, new = query.contiguous(), (keys.contiguous(), values.contiguous())
     step, scratch, cap = _Step(query, layer, counts, config), layer.scratch, softcap or 0.0
-    groups = scratch.groups
-    if scratch.nodes is None:
-        _score(step, query, new, layer.node_keys, groups, scale, cap, units=config.chunk_size // config.group_size)
-        _choose(step, groups, units=config.chunk_size // config.group_size, first=step.first)
-        listed = groups  # not read
+    groups, listed = scratch.groups, scratch.nodes
+    units = config.chunk_size // config.node_size
+    if listed is None:
+        _score(step, query, new, layer.node_keys, groups, scale, cap, units=units)
+        _choose(step, groups, units=units, first=step.first)
+        with _beside(query.device, "far") as join_far:
+            _attend_far(step, groups, first=step.first)
     else:
         assert layer.group_keys is not None
-        listed, units = scratch.nodes, config.chunk_size // config.node_size
         _score(step, query, new, layer.node_keys, listed, scale, cap, units=units, pending=False)
         _choose(step, listed, units=units, first=0)
+        with _beside(query.device, "far") as join_far:
+            _attend_far(step, listed, first=0)
         _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
         _choose(step, groups, units=0, first=step.first, listed=listed)
-    with _beside(query.device) as join:
-        used = _attend_unfetched(step, query, groups, listed, scale, cap)
-    _fetch(step, groups, listed)
-    return _attend_fetched(step, query, groups, scale, cap, sinks, used, join)
+    with _beside(query.device, "near") as join_near:
+        _attend_near(step, query, groups, scale, cap)
+        if listed is not None:
+            _attend_listed_far(step, groups, listed)
+    _fetch(step, groups, groups if listed is None else listed)
+    _attend_cached(step, query, groups, scale, cap)
+    join_far()
+    join_near()
+    return _merge(step, query, sinks)
 
 
 def _score(
@@ -268,123 +289,56 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+def _beside(device: torch.device, branch: str) -> Iterator[Callable[[], None]]:
     """Launch beside what follows, where a graph is being captured; call the result before reading what was written."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield lambda: None
         return
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    current, side = torch.cuda.current_stream(device), _side_stream(device, branch)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         yield lambda: current.wait_stream(side)
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, branch: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _attend_unfetched(step: _Step, query: Tensor, groups: Choice, listed: Choice, scale: float, softcap: float) -> int:
-    """Attend to near tokens and the far field, which need nothing from the store; returns the parts in use."""
-    config, layer, scratch = step.config, step.layer, step.layer.scratch
-    splits, parts = scratch.splits, scratch.peaks.shape[1]
-    dtype = _TYPES[query.dtype]
-    into = (scratch.peaks, scratch.totals, scratch.sums)
-    of_groups = (groups.scores, groups.mass, groups.scores.shape[1], groups.limits)
-    used = NEAR_SPLITS + CACHED_SPLITS
-    values = layer.node_values if config.far_field else None
-    if values is not None:
-        fp8 = values.scale is not None
-        data = values.data.view(torch.uint8) if fp8 else values.data
-        stored = (data, values.scale if fp8 else data, data.shape[2])
-        encoding = {"FP8": fp8, "BY_BITS": _lacks_fp8(query.device), "DTYPE": _widened(query.dtype) if fp8 else dtype}
-        two_level = scratch.nodes is not None
-        of_units = (listed.scores, listed.mass, listed.scores.shape[1], listed.limits) if two_level else of_groups
-        pending = 0 if two_level else 1
-        attend_far_kernel[(step.selectors, splits)](
-            *stored,
-            step.counts,
-            *of_units,
-            listed.peaks if two_level else groups.peaks,
-            splits + pending,
-            *into,
-            step.kv_heads,
-            config.chunk_size // config.node_size,
-            math.log(config.node_size),
-            step.width,
-            parts,
-            used,
-            **step.tile,
-            BLOCK=128 if fp8 else 64,
-            SPLITS=splits,
-            PARTS_B=triton.next_power_of_2(splits + 1),
-            FIRST=0 if two_level else step.first,
-            **encoding,
-            num_stages=3,
-        )
-        used += splits
-        if two_level:
-            attend_listed_far_kernel[(step.selectors, CACHED_SPLITS)](
-                *stored,
-                listed.chosen,
-                listed.chosen.shape[1],
-                listed.counts,
-                *of_groups,
-                groups.peaks,
-                splits + 1,
-                *into,
-                math.log(config.group_size),
-                step.width,
-                parts,
-                used,
-                **step.tile,
-                BLOCK=32,
-                SPLITS=CACHED_SPLITS,
-                PARTS_B=triton.next_power_of_2(splits + 1),
-                FIRST=step.first,
-                PER_NODE=step.per_node,
-                **encoding,
-            )
-            used += CACHED_SPLITS
+def _attend_near(step: _Step, query: Tensor, groups: Choice, scale: float, softcap: float) -> None:
+    """Attend to the tokens beside the archive."""
+    config, layer = step.config, step.layer
     attend_near_kernel[(step.selectors, NEAR_SPLITS)](
         query,
         layer.near_keys,
         layer.near_values,
         layer.near_keys.shape[2],
         step.counts,
-        *of_groups,
-        *into,
+        groups.scores,
+        groups.mass,
+        groups.scores.shape[1],
+        groups.limits,
+        *step.parts,
         step.kv_heads,
         config.sink_tokens,
         config.window_tokens,
         scale,
         softcap,
         step.width,
-        parts,
+        step.parts_stride,
         0,
         **step.tile,
         BLOCK=32,
         SPLITS=NEAR_SPLITS,
         GROUP=config.group_size,
         FAR=config.far_field,
-        DTYPE=dtype,
+        DTYPE=_TYPES[query.dtype],
     )
-    return used
 
 
-def _attend_fetched(
-    step: _Step,
-    query: Tensor,
-    groups: Choice,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    used: int,
-    join: Callable[[], None],
-) -> Tensor:
-    """Attend to opened groups in their slots, and merge all parts."""
-    config, layer, scratch = step.config, step.layer, step.layer.scratch
-    parts, into = scratch.peaks.shape[1], (scratch.peaks, scratch.totals, scratch.sums)
+def _attend_cached(step: _Step, query: Tensor, groups: Choice, scale: float, softcap: float) -> None:
+    """Attend to opened groups in their slots."""
+    layer, scratch = step.layer, step.layer.scratch
     attend_cached_kernel[(step.selectors, CACHED_SPLITS)](
         query,
         layer.slots.records,
@@ -392,26 +346,95 @@ def _attend_fetched(
         scratch.places,
         scratch.places.shape[1],
         groups.counts,
-        *into,
+        *step.parts,
         scale,
         softcap,
         step.width,
-        parts,
+        step.parts_stride,
         NEAR_SPLITS,
         **step.tile,
         BLOCK=64,
         SPLITS=CACHED_SPLITS,
-        GROUP=config.group_size,
+        GROUP=step.config.group_size,
         DTYPE=_TYPES[query.dtype],
     )
-    join()
+
+
+def _attend_far(step: _Step, units: Choice, first: int) -> None:
+    """Attend to the far field's units, groups or nodes, that were not chosen."""
+    config, layer, splits = step.config, step.layer, step.layer.scratch.splits
+    if layer.node_values is None:
+        return
+    attend_far_kernel[(step.selectors, splits)](
+        *step.values,
+        step.counts,
+        units.scores,
+        units.mass,
+        units.scores.shape[1],
+        units.limits,
+        units.peaks,
+        splits + (first > 0),
+        *step.parts,
+        step.kv_heads,
+        config.chunk_size // config.node_size,
+        math.log(config.node_size),
+        step.width,
+        step.parts_stride,
+        NEAR_SPLITS + CACHED_SPLITS,
+        **step.tile,
+        BLOCK=128 if step.encoding["FP8"] else 64,
+        SPLITS=splits,
+        PARTS_B=triton.next_power_of_2(splits + 1),
+        FIRST=first,
+        **step.encoding,
+        num_stages=3,
+    )
+
+
+def _attend_listed_far(step: _Step, groups: Choice, listed: Choice) -> None:
+    """Attend to what was not opened of the chosen nodes."""
+    config, layer, splits = step.config, step.layer, step.layer.scratch.splits
+    if layer.node_values is None:
+        return
+    attend_listed_far_kernel[(step.selectors, CACHED_SPLITS)](
+        *step.values,
+        listed.chosen,
+        listed.chosen.shape[1],
+        listed.counts,
+        groups.scores,
+        groups.mass,
+        groups.scores.shape[1],
+        groups.limits,
+        groups.peaks,
+        splits + 1,
+        *step.parts,
+        math.log(config.group_size),
+        step.width,
+        step.parts_stride,
+        NEAR_SPLITS + CACHED_SPLITS + splits,
+        **step.tile,
+        BLOCK=32,
+        SPLITS=CACHED_SPLITS,
+        PARTS_B=triton.next_power_of_2(splits + 1),
+        FIRST=step.first,
+        PER_NODE=step.per_node,
+        **step.encoding,
+    )
+
+
+def _merge(step: _Step, query: Tensor, sinks: Tensor | None) -> Tensor:
+    """Merge all parts: the step's output (B, Hq, 1, D)."""
+    scratch = step.layer.scratch
+    used = NEAR_SPLITS + CACHED_SPLITS
+    if step.layer.node_values is not None:
+        used += scratch.splits + (0 if scratch.nodes is None else CACHED_SPLITS)
     out = torch.empty_like(query)
     share = min(64, step.wide)
     merge_kernel[(query.shape[0] * step.heads, step.wide // share)](
-        *into,
+        *step.parts,
         out if sinks is None else sinks,
         out,
-        parts,
+        step.parts_stride,
         used,
         step.heads,
         step.width,
