@@ -84,9 +84,14 @@ def make_model(name: str) -> Any:
         for key, parameter in model.named_parameters():
             parameter.fill_(1) if "norm" in key else parameter.normal_(0, 0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
-    if hasattr(config, "num_experts"):
-        model.set_experts_implementation("batched_mm")
+    use_experts(model, "batched_mm")
     return model
+
+
+def use_experts(model: Any, implementation: str) -> None:
+    """grouped_mm for prefill, batched_mm for decode; nothing where the model is no mixture."""
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation(implementation)
 
 
 def random_kv(config: Any, tokens: int) -> tuple[Tensor, Tensor]:
@@ -179,8 +184,7 @@ def time_routed(model: Any, rule: str, context: int, steps: int) -> dict[str, An
 def time_prefill(model: Any, rule: str | None, context: int, prefill: str) -> dict[str, Any]:
     """Seconds until the first token of a prompt of random tokens, in blocks of 8,192, the second time."""
     ids = torch.randint(0, 1000, (1, context), device="cuda")
-    if hasattr(model.config, "num_experts"):
-        model.set_experts_implementation("grouped_mm")
+    use_experts(model, "grouped_mm")
     seconds, peak = 0.0, 0
     for tokens in (16384, context):
         torch.cuda.reset_peak_memory_stats()
@@ -202,8 +206,7 @@ def time_prefill(model: Any, rule: str | None, context: int, prefill: str) -> di
         cache.reset()
         del cache
         gc.collect()
-    if hasattr(model.config, "num_experts"):
-        model.set_experts_implementation("batched_mm")
+    use_experts(model, "batched_mm")
     return {"prefill": prefill, "first_token_s": round(seconds, 2), "peak_gpu_bytes": peak}
 
 
@@ -221,8 +224,10 @@ def run_under_cap(model: Any, rule: str | None, context: int, beside_bytes: int)
     row: dict[str, Any] = {"beside_bytes": beside_bytes, "outcome": "ran"}
     try:
         with contextlib.nullcontext() if config is None else hga.enabled(model, config):
+            use_experts(model, "grouped_mm")
             for start in range(0, context, 4096):
                 model(ids[:, start : start + 4096], past_key_values=cache, logits_to_keep=1)
+            use_experts(model, "batched_mm")
             for index in range(64):
                 model(ids[:, index : index + 1], past_key_values=cache)
         torch.cuda.synchronize()
@@ -230,6 +235,7 @@ def run_under_cap(model: Any, rule: str | None, context: int, beside_bytes: int)
         row |= {"outcome": "out of GPU memory", "tokens": cache.get_seq_length()}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        use_experts(model, "batched_mm")
     row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() - before
     cache.reset()
     return row
@@ -247,7 +253,10 @@ def main() -> None:
         "--eager", action="store_true", help="also dense as transformers gives it, at the first context"
     )
     parser.add_argument("--prefill", type=int, default=0, help="also the time to the first token of this many")
-    parser.add_argument("--beside-gib", type=float, default=0, help="also each context under a cap beside the weights")
+    parser.add_argument(
+        "--capped", default="", help="also prefill and 64 tokens under a cap, e.g. balanced:65536,lean:262144"
+    )
+    parser.add_argument("--beside-gib", type=float, default=2.5, help="that cap: GPU memory beside the weights")
     options = parser.parse_args()
     AttentionInterface.register("attend_all", attend_all)
     AttentionInterface.register("hga", Drifting(options.drift).attend)
@@ -266,10 +275,12 @@ def main() -> None:
         for rule in options.rules.split(","):
             for prefill in ("exact", "routed"):
                 show(rule, options.prefill, time_prefill(model, rule, options.prefill, prefill))
-    for context in contexts if options.beside_gib else ():
-        for rule in ("dense", *options.rules.split(",")):
+    for pair in options.capped.split(",") if options.capped else ():
+        rule, context = pair.split(":")
+        for name in ("dense", rule):
             cap = int(options.beside_gib * 2**30)
-            show(f"{rule}, capped", context, run_under_cap(model, None if rule == "dense" else rule, context, cap))
+            row = run_under_cap(model, None if name == "dense" else name, int(context), cap)
+            show(f"{name}, capped", int(context), row)
     if options.eager:
         show("dense, eager", contexts[0], time_dense(model, contexts[0], 20, eager=True))
     for context in contexts:

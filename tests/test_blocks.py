@@ -24,6 +24,7 @@ CONFIGS = {
     "two levels": CONFIG.replace(node_size=8, overselection=2),
     "per head": CONFIG.replace(selection="per_head"),
 }
+AUTO_LIMIT = 230
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,22 @@ def _without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_row(config: HGAConfig) -> Row:
     return Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
+
+
+def test_auto_is_exact_in_blocks_up_to_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row, "EXACT_PREFILL_POSITIONS", AUTO_LIMIT)
+    automatic = make_row(CONFIG.replace(prefill="auto", dense_below=0))
+    told = make_row(CONFIG.replace(dense_below=AUTO_LIMIT))
+    monkeypatch.setattr(row, "kernels_serve", lambda *args: True)
+    assert automatic._config.dense_positions > 0
+    for tokens in (170, 61, 40):
+        keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
+        query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
+        for one in (automatic, told):
+            one.append(keys, values)
+        outputs = [one.attend(query, Scoring(0.3)) for one in (automatic, told)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    assert automatic._counters.attended < automatic._counters.queries  # some were routed
 
 
 @pytest.mark.parametrize("name", CONFIGS)
