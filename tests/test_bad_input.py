@@ -31,7 +31,7 @@ from transformers import (
 import hga
 from hga import HGACache, HGAConfig
 from hga.cache import HGALayer
-from hga.cache.families import routed_layers
+from hga.cache.families import cache_argument, routed_layers
 from hga.config import PRESETS
 from hga.integrations.transformers.attention import hga_attention
 
@@ -503,3 +503,16 @@ def test_attention_without_an_update(layer: HGALayer) -> None:
     query_keys._hga_layer = layer  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"layer 0: attention without a preceding update\(\)"):
         hga_attention(torch.nn.Module(), query, query_keys, query_keys, None)
+
+
+def test_generate_routes_whatever_the_cache_is_called(model: PreTrainedModel) -> None:
+    """transformers 5.24 renamed the argument: unknown, it would be left out, and nothing routed without a sign."""
+    out = model.generate(PROMPT, max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
+    assert isinstance(getattr(out, cache_argument(model)), HGACache)
+    with torch.no_grad():
+        for name in ("cache", "past_key_values"):
+            cache = new_cache(model)
+            model(PROMPT, **{name: cache})
+            assert cache.get_seq_length() == PROMPT.shape[1]
+        with pytest.raises(ValueError, match=r"passes a cache as.*memory"):
+            model(PROMPT, memory=new_cache(model))

@@ -24,7 +24,6 @@ CONFIGS = {
     "two levels": CONFIG.replace(node_size=8, overselection=2),
     "per head": CONFIG.replace(selection="per_head"),
 }
-AUTO_LIMIT = 230
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +44,23 @@ def make_row(config: HGAConfig) -> Row:
     return Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
 
 
-def test_auto_is_exact_in_blocks_up_to_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row, "EXACT_PREFILL_POSITIONS", AUTO_LIMIT)
-    automatic = make_row(CONFIG.replace(prefill="auto", dense_below=0))
-    told = make_row(CONFIG.replace(dense_below=AUTO_LIMIT))
+def test_auto_is_exact_where_kernels_read_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [make_row(CONFIG.replace(prefill=prefill, dense_below=0)) for prefill in ("auto", "exact")]
     monkeypatch.setattr(row, "kernels_serve", lambda *args: True)
-    assert automatic._config.dense_positions > 0
-    for tokens in (170, 61, 40):
+    monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 41)
+    for tokens in (230, 41, 1):
         keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
         query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
-        for one in (automatic, told):
+        for one in rows:
             one.append(keys, values)
-        outputs = [one.attend(query, Scoring(0.3)) for one in (automatic, told)]
-        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
-    assert automatic._counters.attended < automatic._counters.queries  # some were routed
+        torch.testing.assert_close(*(one.attend(query, Scoring(0.3)) for one in rows), rtol=0, atol=1e-5)
+    assert rows[0]._counters.attended == pytest.approx(rows[1]._counters.attended)
+    assert rows[0].chunks == rows[1].chunks > 0
+    monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 42)
+    for one in rows:
+        one.append(keys.expand(-1, 41, -1), values.expand(-1, 41, -1))
+        one.attend(query.expand(-1, -1, 41, -1).contiguous(), Scoring(0.3))
+    assert rows[0]._counters.attended < rows[1]._counters.attended  # a shorter block is routed
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,11 +16,6 @@ from hga.ops.precision import resolve_summary_dtype
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_CHUNK = 512
 
-EXACT_PREFILL_POSITIONS = 131_072
-"""With prefill="auto", kernels read a block exactly up to here: below, that is faster than routing it
-(`benchmarks/gpu_prefill.py`, H200), and loses nothing.
-"""
-
 
 @functools.cache
 def _has_triton() -> bool:

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
 from hga.cache.block import attend_exact_block, attend_routed_block
-from hga.cache.kernels import EXACT_PREFILL_POSITIONS, kernels_serve
+from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import compute_dtype
 from hga.ops.routing import NEVER, score
 from hga.ops.tiles import closed_chunks, pending_groups
+
+EXACT_BLOCK_TOKENS = 512
+"""With prefill="auto", kernels read a block of so many tokens exactly: that is faster than routing them
+(benchmarks/gpu_prefill.py), and loses nothing. A shorter one is not worth streaming the whole archive.
+"""
 
 
 @dataclass
@@ -150,18 +155,17 @@ class Row:
     def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
         """Attention output (Hkv, R, T, D) of the last T tokens' queries (Hkv, R, T, D).
 
-        Each query sees what lies before it and itself: densely up to `dense_positions` (in a block by kernels up to
-        EXACT_PREFILL_POSITIONS, and everywhere in an exact prefill), routed from there, tile by tile.
+        Each query sees what lies before it and itself: densely up to `dense_positions` (and everywhere in an
+        exact prefill), routed from there, tile by tile.
         """
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
         out = torch.empty_like(query)
         by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
-        dense_positions = config.dense_positions
-        if by_kernels and config.prefill == "auto":
-            dense_positions = max(dense_positions, EXACT_PREFILL_POSITIONS)
         exact = config.prefill == "exact" and tokens > 1
-        routed_from = self.length if exact else min(max(first, dense_positions), self.length)
+        if config.prefill == "auto" and by_kernels:
+            exact = tokens >= EXACT_BLOCK_TOKENS
+        routed_from = self.length if exact else min(max(first, config.dense_positions), self.length)
         if by_kernels and first < routed_from:
             out[:, :, : routed_from - first] = self._attend_exact(query[:, :, : routed_from - first], first, scoring)
             first = routed_from

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hga.cache import HGACache
 from hga.cache.families import cache_argument, check_model_config, routed_layers
@@ -101,6 +101,12 @@ def _forward(
     tokens = inputs_embeds if inputs_embeds is not None else input_ids
     if tokens is None or tokens.shape[1] == 0:
         raise ValueError(EMPTY_PROMPT)
+    strange = [name for name, value in kwargs.items() if isinstance(value, Cache)]
+    if strange:  # an unknown name for the model's cache: routing it would be left out without a sign
+        raise ValueError(
+            f"this transformers passes a cache as {strange}, which hga does not know; use a version of transformers "
+            f"below 6, or call hga.disable(model)"
+        )
     cache = _routed_cache(model, hga_config, past_key_values if cache is None else cache, use_cache)
     call = functools.partial(inner, **{argument: cache}, use_cache=use_cache, **kwargs)
     count = tokens.shape[1]
