@@ -2,8 +2,8 @@
 
     python benchmarks/hit_rate.py --model FOLDER --gguf-file FILE --document FILE --tokens 8192 --new-tokens 128
 
-Reads the document's first tokens densely, decodes greedily through the cache in PyTorch (any device), records which
-groups each KV head fetches, and replays them through least-recently-used slots of several sizes (in units of what a
+Reads the document's first tokens densely, goes on with its next ones one by one through the cache in PyTorch, records
+which groups each KV head fetches, and replays them through least-recently-used slots of several sizes (in units of what a
 step routes; the decode kernels have 2). JSON lines.
 """
 
@@ -78,11 +78,11 @@ def main() -> None:
         cache = hga.HGACache(config=model.config, hga_config=config)
         argument, recorder = cache_argument(model), Recorder()
         with hga.enabled(model, config):
-            token = model(ids, logits_to_keep=1, **{argument: cache}).logits[:, -1:].argmax(-1)
+            model(ids[:, : -options.new_tokens], logits_to_keep=1, **{argument: cache})
             Archive.fetch = lambda self, places, recorder=recorder: recorder.fetch(self, places)
             try:
-                for _ in range(options.new_tokens):
-                    token = model(token, **{argument: cache}).logits[:, -1:].argmax(-1)
+                for token in ids[:, -options.new_tokens :].split(1, 1):
+                    model(token, **{argument: cache})
             finally:
                 Archive.fetch = recorder._fetch
         rates = {}
