@@ -3,8 +3,8 @@
     python benchmarks/hit_rate.py --model FOLDER --gguf-file FILE --document FILE --tokens 8192 --new-tokens 128
 
 Reads the document's first tokens densely, goes on with its next ones one by one through the cache in PyTorch, records
-which groups each KV head fetches, and replays them through least-recently-used slots of several sizes (in units of what a
-step routes; the decode kernels have 2). JSON lines.
+which groups each KV head fetches, and replays them through least-recently-used slots of several sizes (in units of what
+a step routes; the decode kernels have 2). JSON lines.
 """
 
 from __future__ import annotations
