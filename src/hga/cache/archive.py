@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,12 +29,12 @@ class Archive:
         self, config: HGAConfig, open_store: OpenStore, inverse_frequencies: Tensor | None, like: Tensor
     ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
+        self.chunks: list[int] = []
         self._config = config
         self._inverse_frequencies = inverse_frequencies
         self._summary_dtype = resolve_summary_dtype(config.summary_dtype, like.dtype)
         self._close_chunks = find_closing(config, like.dtype, like.device)
         self.summaries = Summaries(config)
-        self.chunks: list[int] = []
         self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
         self._device = like.device
@@ -140,17 +141,22 @@ class Archive:
         return self._store.addresses(self.chunks)
 
     def fork(self) -> Archive:
-        """A twin that shares the chunks and owns its summaries: a beam."""
+        """A twin that shares chunks and summaries until it goes its own way: a beam, or a forked cache's row."""
         twin = object.__new__(Archive)
-        twin.__dict__.update(self.__dict__)
-        twin.summaries = self.summaries.clone()
+        twin.__dict__.update(self.__dict__, summaries=self.summaries.fork(), chunks=[])
         self._store.retain(self.chunks)
+        twin.chunks = self.chunks
         return twin
 
     def release(self) -> None:
         """Give up all chunks."""
         self._store.release(self.chunks)
         self._set_chunks([])
+
+    def __del__(self) -> None:
+        """A cache that is dropped, not reset, must not hold chunks of a store that its forks still use."""
+        if vars(self).get("chunks") and not sys.is_finalizing():
+            self._store.abandon(self.chunks)
 
     def _set_chunks(self, chunks: list[int]) -> None:
         self.chunks = chunks

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hga.cache.decoding import Decoding
 from hga.cache.families import check_model_config, routed_layers
@@ -159,16 +160,54 @@ class HGACache(DynamicCache):
         for layer in begun:
             layer.end_token()
 
+    def fork(self) -> HGACache:
+        """An independent cache of the same tokens: another question about one document, without reading it again.
+
+        Closed chunks and their summaries are shared and never copied unless one side changes them, window and
+        unclosed tokens are copied, counters start anew. Each may be extended, cropped, reset or dropped; the others
+        do not notice, and what nobody holds any more is given back. Forks of one cache share stores: use them from
+        one thread at a time. RuntimeError in the middle of a forward.
+        """
+        if self._handshake.awaiting is not None:
+            raise RuntimeError("a cache cannot be forked in the middle of a forward, nor after an interrupted one")
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._handshake, twin.decoding, twin.stepper = Handshake(), Decoding(), None
+        twin.layers = [
+            layer.fork(twin._handshake, twin.decoding) if isinstance(layer, HGALayer) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HGACache:
-        """TypeError on a GPU, where a copy's archive would not be page-locked."""
-        if any(layer.is_initialized and layer.device.type == "cuda" for layer in self.routed):
-            raise TypeError(
-                "an HGACache on a GPU cannot be deep-copied; crop it back instead, or read the prefix again"
+        return self.fork()
+
+    def can_crop_to(self, tokens: int) -> bool:
+        """Whether `keep_first(tokens)` can forget what comes after; layers with a full sliding window cannot."""
+        if tokens >= self.get_seq_length():
+            return True
+        return all(
+            isinstance(layer, HGALayer)
+            or type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window)
+            for layer in self.layers
+        )
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens, as if the others had never been fed.
+
+        ValueError, and nothing is forgotten, where a layer cannot go back: see `can_crop_to`.
+        """
+        length = self.get_seq_length()
+        if not 0 <= tokens <= length:
+            raise ValueError(f"keep_first({tokens}): this cache holds {length} tokens; give a number from 0 to that")
+        if not self.can_crop_to(tokens):
+            raise ValueError(
+                f"this cache cannot go back from {length} to {tokens} tokens: sliding windows and linear attention "
+                "forget what they have passed. Read the prompt again with a new cache"
             )
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        return copied
+        if tokens < length:
+            self.crop(tokens - length)
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
@@ -186,7 +225,8 @@ class HGACache(DynamicCache):
         check_model_config(config)
         decoder = config.get_text_config(decoder=True)
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
-        handshake, limit = Handshake(), position_limit(decoder)
+        limit = position_limit(decoder)
+        self._handshake = Handshake()
         self.decoding = Decoding()
         self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
@@ -195,4 +235,10 @@ class HGACache(DynamicCache):
             shape = LayerShape(
                 decoder.num_key_value_heads, decoder.num_attention_heads, head_dim, limit, frequencies, decoder
             )
-            self.layers[index] = HGALayer(self.hga_config, index, shape, handshake, self.decoding)
+            self.layers[index] = HGALayer(self.hga_config, index, shape, self._handshake, self.decoding)
+
+
+def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Tokens that two sequences of token ids share from the start: a cache of one serves that much of the other."""
+    differing = (index for index, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
+    return next(differing, min(len(ids), len(others)))

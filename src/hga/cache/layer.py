@@ -91,6 +91,15 @@ class HGALayer(CacheLayerMixin):
         self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
+    def fork(self, handshake: Handshake, decoding: Decoding) -> HGALayer:
+        """A twin for another cache: it shares closed chunks and summaries, and goes its own way from here."""
+        twin = HGALayer(self.hga_config, self.layer_idx, self.shape, handshake, decoding)
+        twin._stores, twin._seen, twin.is_initialized = self._stores, self._seen, self.is_initialized
+        if self.is_initialized:
+            twin.dtype, twin.device = self.dtype, self.device
+        twin.rows = [row.fork(twin.counters) for row in self.rows]
+        return twin
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new K/V (B, Hkv, T, D) and return them, the key tensor linked to this layer.
 
@@ -299,7 +308,7 @@ class HGALayer(CacheLayerMixin):
         return sum(row.window_bytes() for row in self.rows)
 
     def store_bytes(self) -> dict[str, int]:
-        """Bytes of the archive by tier; shared chunks once."""
+        """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
 
     def cached_bytes(self) -> int:

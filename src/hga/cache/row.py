@@ -300,10 +300,14 @@ class Row:
             )
         self.length = length
 
-    def fork(self) -> Row:
-        """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam."""
+    def fork(self, counters: Counters | None = None) -> Row:
+        """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam, or a forked cache's row.
+
+        counters: what the copy counts into; this row's own by default.
+        """
         twin = object.__new__(Row)
         twin.__dict__.update(self.__dict__)
+        twin._counters = counters or self._counters
         twin._keys, twin._values = self._keys.clone(), self._values.clone()
         twin._archive = None if self._archive is None else self._archive.fork()
         return twin
