@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -19,6 +22,13 @@ from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
 from hga.store.host import check_host_room
+
+if TYPE_CHECKING:
+    from hga.cache.saved import Report, SavedContext
+
+
+def _no_report(done_bytes: int, all_bytes: int) -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class HGACache(DynamicCache):
     hga_config: HGAConfig
     stepper: Any
     """What the integration keeps between decode steps: a captured graph."""
+    loaded_ids: tuple[int, ...] = ()
+    """Ids of the tokens that a loaded cache began with; what it has read or forgotten since does not change them."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -168,8 +180,7 @@ class HGACache(DynamicCache):
         do not notice, and what nobody holds any more is given back. Forks of one cache share stores: use them from
         one thread at a time. RuntimeError in the middle of a forward.
         """
-        if self._handshake.awaiting is not None:
-            raise RuntimeError("a cache cannot be forked in the middle of a forward, nor after an interrupted one")
+        self._check_settled()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._handshake, twin.decoding, twin.stepper = Handshake(), Decoding(), None
@@ -178,6 +189,54 @@ class HGACache(DynamicCache):
             for layer in self.layers
         ]
         return twin
+
+    def save(
+        self, path: str | os.PathLike[str], model: Any, token_ids: Tensor | Sequence[int], report: Report = _no_report
+    ) -> SavedContext:
+        """Save what was read, for other processes: `token_ids`, those of every token of this cache, and its state.
+
+        The file replaces what is at `path` only when it is whole on the disk; see DESIGN.md for its format. model: the
+        one that read them. report: called with the bytes written and all there are. ValueError for ids that do not fit,
+        more than one sequence, or padding; OSError, with nothing changed, where the file cannot be written.
+        """
+        from hga.cache.saved import save_context
+
+        self._check_settled()
+        return save_context(self, Path(path), model, token_ids, report)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any, *, store: str | None = None, report: Report = _no_report
+    ) -> HGACache:
+        """The cache that was saved at `path`, for the same model; `loaded_ids` are the ids of its tokens.
+
+        Records are read, and checked, when a query opens them, and the file stays open; store "ram" or "device"
+        instead reads and checks all of them now. Any number of processes may load one file, and one cache `fork` any
+        number of times: nothing writes to the file. ValueError for a file that is damaged, of another model or
+        format; OSError if it cannot be read.
+        """
+        from hga.cache.saved import load_context
+
+        loaded: HGACache = load_context(cls, Path(path), model, store, report)
+        return loaded
+
+    def keep_common(self, prompt_ids: Sequence[int], held_ids: Sequence[int] | None = None) -> int:
+        """Keep what this cache shares with a prompt, so that only the rest has to be read; returns tokens kept.
+
+        held_ids: those of the cache's tokens; `loaded_ids` by default, for a cache as it was loaded. At least one
+        token of the prompt is left to read. Where the cache cannot go back that far it is emptied.
+        """
+        held = self.loaded_ids if held_ids is None else held_ids
+        if len(held) != self.get_seq_length():
+            raise ValueError(
+                f"{len(held)} ids are not those of the {self.get_seq_length()} tokens that this cache holds"
+            )
+        kept = min(common_prefix(held, prompt_ids), len(prompt_ids) - 1)
+        if kept > 0 and self.can_crop_to(kept):
+            self.keep_first(kept)
+            return kept
+        self.reset()
+        return 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HGACache:
         return self.fork()
@@ -214,6 +273,15 @@ class HGACache(DynamicCache):
         super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
         self.stepper = None
+
+    def _check_settled(self) -> None:
+        """RuntimeError if layers may disagree about what they have seen."""
+        lengths = {layer.get_seq_length() for layer in self.routed}
+        if self._handshake.awaiting is not None or len(lengths) > 1:
+            raise RuntimeError(
+                "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; call "
+                "cache.reset() first"
+            )
 
     @property
     def routed(self) -> list[HGALayer]:

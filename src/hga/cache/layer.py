@@ -17,6 +17,7 @@ from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
+from hga.ops.precision import Rows
 from hga.store import MemoryStore, RecordLayout, Store
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -90,6 +91,16 @@ class HGALayer(CacheLayerMixin):
         open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
         self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
+
+    def restore(
+        self, keys: Tensor, values: Tensor, store: Store | None, chunks: list[int], summaries: dict[str, Rows]
+    ) -> None:
+        """Be, from empty, a layer of one row; see `Row.restore`. The tensors fix type and device."""
+        self.lazy_initialization(keys[None], values[None])
+        if store is not None:
+            self._stores.append(store)
+        self.rows[0].restore(keys, values, chunks, summaries)
+        self._seen = self.rows[0].length
 
     def fork(self, handshake: Handshake, decoding: Decoding) -> HGALayer:
         """A twin for another cache: it shares closed chunks and summaries, and goes its own way from here."""

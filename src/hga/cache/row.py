@@ -19,7 +19,7 @@ from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
-from hga.ops.precision import compute_dtype
+from hga.ops.precision import Rows, compute_dtype
 from hga.ops.routing import NEVER, score
 from hga.ops.tiles import closed_chunks, pending_groups
 
@@ -97,6 +97,14 @@ class Row:
             self._keys, self._values = grown
         self._keys[:, used:end], self._values[:, used:end] = keys, values
         self.length += keys.shape[1]
+
+    def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
+        """Be, from empty, a row with these near tokens (Hkv, n, D) behind chunks that its store holds already."""
+        self._keys, self._values = keys, values
+        self.length = keys.shape[1] + len(chunks) * self._config.chunk_size
+        if chunks:
+            self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
+            self._archive.restore(chunks, summaries)
 
     # ---- single tokens by kernels --------------------------------------------------------------------
 

@@ -123,6 +123,19 @@ class Summaries:
             self.group_keys.append(closed.group_keys)
         self.chunks += closed.records.shape[0]
 
+    def parts(self) -> dict[str, GrowingRows]:
+        """What is kept of each chunk under this config, by name."""
+        config = self._config
+        parts = {"node_keys": self.node_keys}
+        parts |= {"node_values": self.node_values} if config.far_field else {}
+        return parts | ({"group_keys": self.group_keys} if config.two_level else {})
+
+    def restore(self, chunks: int, rows: dict[str, Rows]) -> None:
+        """Be, from empty, the summaries of `chunks` chunks whose parts were these."""
+        for name, part in self.parts().items():
+            part.append(rows[name])
+        self.chunks = chunks
+
     def truncate(self, chunks: int) -> None:
         """Forget all chunks but the first `chunks`."""
         tokens = chunks * self._config.chunk_size
