@@ -191,18 +191,25 @@ class HGACache(DynamicCache):
         return twin
 
     def save(
-        self, path: str | os.PathLike[str], model: Any, token_ids: Tensor | Sequence[int], report: Report = _no_report
+        self,
+        path: str | os.PathLike[str],
+        model: Any,
+        token_ids: Tensor | Sequence[int],
+        *,
+        suffix: str = "",
+        report: Report = _no_report,
     ) -> SavedContext:
         """Save what was read, for other processes: `token_ids`, those of every token of this cache, and its state.
 
         The file replaces what is at `path` only when it is whole on the disk; see DESIGN.md for its format. model: the
-        one that read them. report: called with the bytes written and all there are. ValueError for ids that do not fit,
+        one that read them. suffix: text to put between a question and the answer, such as the end of a chat template.
+        report: called with the bytes written and all there are. ValueError for ids that do not fit,
         more than one sequence, or padding; OSError, with nothing changed, where the file cannot be written.
         """
         from hga.cache.saved import save_context
 
         self._check_settled()
-        return save_context(self, Path(path), model, token_ids, report)
+        return save_context(self, Path(path), model, token_ids, suffix, report)
 
     @classmethod
     def load(
@@ -279,8 +286,8 @@ class HGACache(DynamicCache):
         lengths = {layer.get_seq_length() for layer in self.routed}
         if self._handshake.awaiting is not None or len(lengths) > 1:
             raise RuntimeError(
-                "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; call "
-                "cache.reset() first"
+                "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; "
+                "call cache.reset() first"
             )
 
     @property

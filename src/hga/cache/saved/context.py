@@ -36,7 +36,8 @@ Report = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class SavedContext:
-    """What a saved context is. tokens: how many it holds; model: the fingerprint of the model that read them.
+    """What a saved context is. tokens: how many it holds; model: the fingerprint of the model that read them; suffix:
+    text that has to stand between a question about it and the answer.
 
     size_bytes: of the file; record_bytes: of the archive's K/V in it, which are read when they are needed.
     """
@@ -46,6 +47,7 @@ class SavedContext:
     token_ids_xxh3: str
     config: HGAConfig
     model: dict[str, Any]
+    suffix: str
     layers: tuple[SavedLayer, ...] = field(repr=False)
     file: FileLayout = field(repr=False)
 
@@ -72,10 +74,10 @@ class SavedContext:
 
 
 def describe_context(
-    path: Path, ids: Tensor, config: HGAConfig, model: dict[str, Any], layers: Sequence[SavedLayer]
+    path: Path, ids: Tensor, config: HGAConfig, model: dict[str, Any], suffix: str, layers: Sequence[SavedLayer]
 ) -> SavedContext:
     """The context that a file of these contents is."""
-    return _assemble(path, ids.numel(), hash_ids(ids), config, model, tuple(layers))
+    return _assemble(path, ids.numel(), hash_ids(ids), config, model, suffix, tuple(layers))
 
 
 def open_context(path: Path) -> tuple[int, SavedContext, Tensor]:
@@ -138,7 +140,13 @@ def hash_ids(ids: Tensor) -> str:
 
 
 def _assemble(
-    path: Path, tokens: int, ids_hash: str, config: HGAConfig, model: dict[str, Any], layers: tuple[SavedLayer, ...]
+    path: Path,
+    tokens: int,
+    ids_hash: str,
+    config: HGAConfig,
+    model: dict[str, Any],
+    suffix: str,
+    layers: tuple[SavedLayer, ...],
 ) -> SavedContext:
     metadata = {
         "format": FORMAT,
@@ -148,6 +156,7 @@ def _assemble(
         "layers": json.dumps([layer.to_json() for layer in layers]),
         "tokens": str(tokens),
         "token_ids_xxh3": ids_hash,
+        "suffix": suffix,
     }
     records: list[Spec] = []
     for index, layer in enumerate(layers):
@@ -161,7 +170,7 @@ def _assemble(
     eager.append(Spec("checksums", torch.int64, (1 + len(eager) + hashed,)))
     # Wide numbers first: then each tensor starts at a multiple of its width, as readers of safetensors expect.
     eager.sort(key=lambda spec: -spec.dtype.itemsize)
-    return SavedContext(path, tokens, ids_hash, config, model, layers, lay_out(metadata, [*records, *eager]))
+    return SavedContext(path, tokens, ids_hash, config, model, suffix, layers, lay_out(metadata, [*records, *eager]))
 
 
 def _parse(path: Path, metadata: dict[str, str]) -> SavedContext:
@@ -180,7 +189,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> SavedContext:
         model = json.loads(metadata["model"])
         if not isinstance(model, dict):
             raise ValueError("its model is not described")
-        return _assemble(path, tokens, metadata["token_ids_xxh3"], config, model, layers)
+        return _assemble(path, tokens, metadata["token_ids_xxh3"], config, model, metadata["suffix"], layers)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged: its metadata cannot be read ({cause[:200]})") from error

@@ -164,7 +164,7 @@ def replacing(path: Path, size_bytes: int) -> Iterator[int]:
     holds. OSError for a symbolic link, a folder or anything else at `path` that is no regular file, for a folder
     that cannot be written, and for a full disk.
     """
-    _check_place(path)
+    check_place(path)
     try:
         _remove_abandoned(path)
         partial, descriptor = _open_partial(path)
@@ -174,7 +174,7 @@ def replacing(path: Path, size_bytes: int) -> Iterator[int]:
         _reserve(descriptor, size_bytes)
         yield descriptor
         os.fsync(descriptor)
-        _check_place(path)
+        check_place(path)
         os.replace(partial, path)
     except OSError as error:
         _remove(partial)
@@ -193,7 +193,8 @@ def replacing(path: Path, size_bytes: int) -> Iterator[int]:
     _flush_folder(path.parent)
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """OSError if nothing can be saved at `path`: a symbolic link, a folder, or in a folder that cannot be written."""
     if path.is_symlink():
         raise OSError(f"cannot save to {path}: it is a symbolic link to {os.readlink(path)}; name the file itself")
     if not path.parent.is_dir():
@@ -202,6 +203,8 @@ def _check_place(path: Path) -> None:
         raise IsADirectoryError(f"cannot save to {path}: it is a folder; name a file in it")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot save to {path}: it is not a regular file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot save to {path}: its folder cannot be written; choose another one")
 
 
 def _open_partial(path: Path) -> tuple[Path, int]:

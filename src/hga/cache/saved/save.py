@@ -19,7 +19,9 @@ from hga.store import Store
 _STAGED_BYTES = 32 << 20
 
 
-def save_context(cache: Any, path: Path, model: Any, token_ids: Tensor | Sequence[int], report: Report) -> SavedContext:
+def save_context(
+    cache: Any, path: Path, model: Any, token_ids: Tensor | Sequence[int], suffix: str, report: Report
+) -> SavedContext:
     """Save a cache and the ids of its tokens; see `HGACache.save`."""
     ids = torch.as_tensor(token_ids).detach().to("cpu", torch.int64)
     if ids.ndim == 2 and ids.shape[0] == 1:
@@ -36,7 +38,7 @@ def save_context(cache: Any, path: Path, model: Any, token_ids: Tensor | Sequenc
     layers = [describe(layer, cache.hga_config) for layer in cache.layers]
     if any(row.length != held for layer in cache.routed for row in layer.rows):
         raise ValueError("a cache whose row holds padding cannot be saved; read the sequence without padding")
-    context = describe_context(path, ids, cache.hga_config, model_fingerprint(model), layers)
+    context = describe_context(path, ids, cache.hga_config, model_fingerprint(model), suffix, layers)
     with replacing(path, context.size_bytes) as descriptor:
         _Writer(descriptor, context, report).write(cache, ids)
     return context
