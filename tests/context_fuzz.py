@@ -50,7 +50,8 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.watching and event == "open" and str(arguments[0]) != self.path:
+        # How much memory the machine has left is asked of the kernel.
+        if self.watching and event == "open" and not str(arguments[0]).startswith((self.path, "/proc/", "/sys/")):
             raise EscapeError(f"opened {arguments[0]}")
 
     @contextmanager
@@ -95,6 +96,7 @@ def fuzz(count: int, seed: int, report_every: int = 0) -> collections.Counter[st
         read(model, families.prompt(TOKENS), cache)
         saved = cache.save(path, model, families.prompt(TOKENS))
         original, layout = path.read_bytes(), saved.file
+        HGACache.load(path, model)  # imports what it needs
         watch = Watch(path)
         for number in range(count):
             mutated = mutate(original, layout, chance)
