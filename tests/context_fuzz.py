@@ -90,10 +90,11 @@ def fuzz(count: int, seed: int, report_every: int = 0) -> collections.Counter[st
     """Load `count` mutations of one file; returns how they ended. Anything but a refusal or a sound cache raises."""
     chance, endings = random.Random(seed), collections.Counter[str]()
     model = families.build("gemma2")
-    with tempfile.TemporaryDirectory() as folder, hga.enabled(model, SMALL):
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.hga"
         cache = new_cache(model)
-        read(model, families.prompt(TOKENS), cache)
+        with hga.enabled(model, SMALL):
+            read(model, families.prompt(TOKENS), cache)
         saved = cache.save(path, model, families.prompt(TOKENS))
         original, layout = path.read_bytes(), saved.file
         HGACache.load(path, model)  # imports what it needs
@@ -115,7 +116,8 @@ def fuzz(count: int, seed: int, report_every: int = 0) -> collections.Counter[st
                 raise AssertionError(f"mutation {number} of seed {seed} ({keep}): {type(error).__name__}") from error
             endings["loaded" if mutated != original else "unchanged"] += 1
             try:
-                read(model, families.prompt(3, seed=number), loaded)
+                with hga.enabled(model, loaded.hga_config):
+                    read(model, families.prompt(3, seed=number), loaded)
             except ValueError:  # a damaged record, or numbers that are none
                 endings["refused by the first question"] += 1
             if report_every and (number + 1) % report_every == 0:

@@ -303,6 +303,12 @@ def test_a_model_with_an_active_adapter_is_another_model(tmp_path: Path) -> None
         adapted.set_adapter("second")
         with pytest.raises(ValueError, match="other weights"):
             HGACache.load(adapted_path, model)
+    plain = families.build("llama")
+    with hga.enabled(plain, SMALL):
+        HGACache.load(path, plain)
+    merged = peft.get_peft_model(plain, settings).merge_and_unload()  # the same tensors, changed behind their backs
+    with hga.enabled(merged, SMALL), pytest.raises(ValueError, match="other weights"):
+        HGACache.load(path, merged)
     merged = adapted.merge_and_unload()
     with hga.enabled(merged, SMALL), pytest.raises(ValueError, match="other weights"):
         HGACache.load(path, merged)
