@@ -48,8 +48,7 @@ def generate(model: Any, ids: torch.Tensor, cache: HGACache, tokens: int) -> lis
 
 def missing_bytes(cache: HGACache) -> int:
     """Bytes of records that have not been read."""
-    stores = [store for layer in cache.routed for store in layer._stores if isinstance(store, LazyStore)]
-    return sum(s._missing_count * s.layout.chunk_bytes // s.layout.kv_heads for s in stores)
+    return sum(s.missing_bytes for layer in cache.routed for s in layer._stores if isinstance(s, LazyStore))
 
 
 def ask(path: Path, question: list[int]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import random
 import sys
@@ -190,7 +191,7 @@ def _mutate_tree(node: Any, chance: random.Random) -> None:
         elif action == 2 and isinstance(node, dict):
             node[chance.choice(["x", "layers.9.records", "a" * 300, str(key) + "_"])] = child
         else:
-            node[key] = chance.choice(VALUES)
+            node[key] = copy.deepcopy(chance.choice(VALUES))
         return
 
 

@@ -48,8 +48,8 @@ def stores(cache: HGACache) -> list[LazyStore]:
 
 
 def missing(cache: HGACache) -> int:
-    """Records that nobody has asked for yet."""
-    return sum(store._missing_count for store in stores(cache))
+    """Bytes of records that nobody has asked for yet."""
+    return sum(store.missing_bytes for store in stores(cache))
 
 
 def no_report(done_bytes: int, all_bytes: int) -> None:
@@ -98,6 +98,7 @@ def test_a_short_context_without_records(tokens: int, tmp_path: Path) -> None:
     path, ids = tmp_path / "a.hga", families.prompt(tokens)
     with hga.enabled(families.shared("gemma2"), SMALL) as model:
         cache = save(model, path, ids=ids)
+        verify_context(path, no_report)
         prompt = torch.cat([ids, QUESTION], 1)
         loaded = HGACache.load(path, model)
         assert torch.equal(answer(model, prompt, loaded), answer(model, prompt, cache))
@@ -109,8 +110,8 @@ def test_answers_come_before_the_file_is_read(tmp_path: Path) -> None:
     with hga.enabled(families.shared("llama"), SMALL) as model:
         cache = save(model, path, ids=ids)
         loaded = HGACache.load(path, model)
-        records = read_context(path).record_count
-        assert missing(loaded) == records > 200
+        records = read_context(path).record_bytes
+        assert missing(loaded) == records > 400_000
         fork = loaded.fork()
         assert torch.equal(read(model, QUESTION[:, :1], loaded), read(model, QUESTION[:, :1], cache))
         assert 0.5 * records < missing(loaded) < records
@@ -386,7 +387,7 @@ def test_a_question_starts_soon_on_real_weights(default_model, tmp_path: Path) -
         with_prefill = time.perf_counter() - started
         started = time.perf_counter()
         loaded = HGACache.load(path, model)
-        assert missing(loaded) == read_context(path).record_count
+        assert missing(loaded) == read_context(path).record_bytes
         first = answer(model, prompt, loaded.fork(), tokens=1)
         reused = time.perf_counter() - started
         assert torch.equal(first[:, 0], expected[:, 0])

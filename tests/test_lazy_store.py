@@ -8,11 +8,12 @@ from hga.store import LazyStore, MemoryStore, RecordLayout
 
 LAYOUT = RecordLayout(kv_heads=3, groups=4, group_size=2, head_dim=5, dtype=torch.float32, ordered=True)
 CHUNKS = 9
-RECORD_BYTES = LAYOUT.chunk_bytes // 3
+PIECE_GROUPS = 2
+PIECE_BYTES = PIECE_GROUPS * LAYOUT.group_bytes  # two pieces a record, six a chunk
 
 
 class Source:
-    """Records in memory, as `LazyStore` reads them, and what it has asked for."""
+    """Pieces in memory, as `LazyStore` reads them, and what it has asked for."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -24,15 +25,15 @@ class Source:
         self.broken: set[int] = set()
 
     def read(self, first: int, target: memoryview) -> None:
-        count = len(target) // RECORD_BYTES
+        count = len(target) // PIECE_BYTES
         self.asked.append((first, count))
         if self.broken & set(range(first, first + count)):
             raise ValueError("broken")
         raw = self.records.view(torch.uint8).numpy().tobytes()
-        target[:] = raw[first * RECORD_BYTES : (first + count) * RECORD_BYTES]
+        target[:] = raw[first * PIECE_BYTES : (first + count) * PIECE_BYTES]
 
     def open(self) -> LazyStore:
-        return LazyStore(LAYOUT, CHUNKS, self.order, self.read, torch.device("cpu"))
+        return LazyStore(LAYOUT, CHUNKS, self.order, PIECE_GROUPS, self.read, torch.device("cpu"))
 
     def open_whole(self) -> MemoryStore:
         store = MemoryStore(LAYOUT, torch.device("cpu"), "ram")
@@ -53,16 +54,16 @@ def test_it_gives_what_a_whole_store_gives_and_reads_once() -> None:
     places = [(1, 0), (1, 3), (4, 2)]
     for got, expected in zip(ask(lazy, places), ask(whole, places), strict=True):
         assert torch.equal(got, expected)
-    assert source.asked == [(3, 3), (12, 3)]  # neighbours in one piece
+    assert source.asked == [(6, 6), (25, 1), (27, 1), (29, 1)]  # neighbours by one call
     ask(lazy, places)
-    assert len(source.asked) == 2
+    assert len(source.asked) == 4
     for got, expected in zip(lazy.read([1, 2, 8]), whole.read([1, 2, 8]), strict=True):
         assert torch.equal(got, expected)
-    assert source.asked[2:] == [(6, 3), (24, 3)]
+    assert source.asked[4:] == [(12, 6), (48, 6)]
     staged = torch.empty(CHUNKS, *LAYOUT.shape)
     lazy.stage(list(range(CHUNKS)), staged)
     assert torch.equal(staged, source.records)
-    assert sum(count for _, count in source.asked) == 3 * CHUNKS
+    assert sum(count for _, count in source.asked) == 6 * CHUNKS
     assert lazy.held_bytes() == whole.held_bytes()
 
 
@@ -71,14 +72,14 @@ def test_heads_are_read_apart() -> None:
     lazy = source.open()
     ids = torch.tensor([[2], [5], [5]])
     keys, _ = lazy.fetch(ids, torch.tensor([[1], [0], [3]]))
-    assert source.asked == [(6, 1), (16, 2)]
+    assert source.asked == [(12, 1), (32, 1), (35, 1)]
     assert torch.equal(keys[1, 0], source.records[5, 1, 0, 0])
 
 
 def test_what_fails_is_asked_for_again() -> None:
     source = Source()
     lazy = source.open()
-    source.broken = {4}
+    source.broken = {8}
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
             ask(lazy, [(1, 0)])
@@ -97,7 +98,7 @@ def test_places_of_released_chunks_are_not_filled_over_others() -> None:
     records, order = lazy.read([0, *new, 8])
     assert torch.equal(records, torch.cat([source.records[:1], others.records[:3], source.records[8:]]))
     assert torch.equal(order[1:4], others.order[:3].long())
-    assert source.asked == [(0, 3), (24, 3)]
+    assert source.asked == [(0, 6), (48, 6)]
     with pytest.raises(KeyError, match="not held"):
         lazy.read([99])
 

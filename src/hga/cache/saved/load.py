@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from hga.cache.layer import HGALayer
-from hga.cache.saved.context import Report, SavedContext, open_context, read_eager, record_checksums
+from hga.cache.saved.context import (
+    Report,
+    SavedContext,
+    open_context,
+    piece_groups,
+    read_eager,
+    record_checksums,
+)
 from hga.cache.saved.file import checksum, raw_bytes, read_into
 from hga.cache.saved.fingerprint import check_same_model, model_fingerprint
 from hga.cache.saved.layers import SavedLayer, Tensors, restore_dense
@@ -23,7 +30,7 @@ _READ_BYTES = 16 << 20
 
 
 class SavedRecords:
-    """The records of one layer in an open file, numbered chunk by chunk and head by head."""
+    """The records of one layer in an open file, in pieces numbered chunk by chunk, head by head, group by group."""
 
     def __init__(self, opened: _OpenFile, context: SavedContext, index: int, checksums: Tensor) -> None:
         layout = context.layers[index].records
@@ -33,17 +40,18 @@ class SavedRecords:
         self._file = opened
         self._place = f"{context.path}, layer {index}"
         self._start = context.file.offsets[f"layers.{index}.records"]
-        self._checksums = checksums.flatten()
-        self._record_bytes = layout.chunk_bytes // layout.kv_heads
+        self._checksums = checksums
+        self.piece_groups = piece_groups(layout)
 
     def read(self, first: int, target: memoryview) -> None:
-        """Fill `target` with whole records from number `first` on. ValueError for a wrong checksum."""
-        size = self._record_bytes
+        """Fill `target` with whole pieces from number `first` on. ValueError for a wrong checksum."""
+        size = self.piece_groups * self.layout.group_bytes
         read_into(self._file.descriptor, target, self._start + first * size, self._file.path)
-        for index in range(len(target) // size):
-            found = checksum(target[index * size : (index + 1) * size])
-            if found != int(self._checksums[first + index]):
-                chunk, head = divmod(first + index, self.layout.kv_heads)
+        expected: list[int] = self._checksums[first : first + len(target) // size].tolist()
+        for index, right in enumerate(expected):
+            if checksum(target[index * size : (index + 1) * size]) != right:
+                record = (first + index) * self.piece_groups // self.layout.groups
+                chunk, head = divmod(record, self.layout.kv_heads)
                 raise ValueError(
                     f"{self._place}: the record of chunk {chunk}, KV head {head} is damaged (its checksum is wrong); "
                     "no token was made of it. Call cache.reset() and read the document again"
@@ -55,7 +63,7 @@ class SavedRecords:
         for first in range(0, self.chunks, at_once):
             count = min(at_once, self.chunks - first)
             records = torch.empty((count, *self.layout.shape), dtype=self.layout.dtype)
-            self.read(first * self.layout.kv_heads, raw_bytes(records))
+            self.read(first * self.layout.kv_heads * self.layout.groups // self.piece_groups, raw_bytes(records))
             yield first, records
 
 
@@ -147,7 +155,7 @@ def _open_store(records: SavedRecords, order: Tensor | None, device: torch.devic
             own_order = None if order is None else order[first : first + len(part)].to(device)
             store.append(part.to(device), own_order)
         return store
-    lazy = LazyStore(records.layout, records.chunks, order, records.read, device)
+    lazy = LazyStore(records.layout, records.chunks, order, records.piece_groups, records.read, device)
     if whole:
         lazy.fill(list(range(records.chunks)))
     return lazy
