@@ -24,7 +24,7 @@ from hga.cache.saved.file import checksum, raw_bytes, read_into
 from hga.cache.saved.fingerprint import check_same_model, model_fingerprint
 from hga.cache.saved.layers import SavedLayer, Tensors, restore_dense
 from hga.ops.precision import Rows
-from hga.store import LazyStore, MemoryStore, Store
+from hga.store import LazyStore
 
 _READ_BYTES = 16 << 20
 
@@ -111,8 +111,6 @@ def verify_context(path: Path, report: Report) -> SavedContext:
 
 def load_context(kind: type[Any], path: Path, model: Any, store: str | None, report: Report) -> Any:
     """The cache of a saved context, of class `kind`; see `HGACache.load`."""
-    if store not in (None, "ram", "device"):
-        raise ValueError(f"store={store!r} must be 'ram', 'device', or None to read records as they are needed")
     descriptor, context, table = open_context(path)
     opened = _OpenFile(descriptor, path)
     check_same_model(context.model, model_fingerprint(model), str(path))
@@ -136,29 +134,35 @@ def load_context(kind: type[Any], path: Path, model: Any, store: str | None, rep
                 continue
         except ValueError as error:
             raise ValueError(f"{path}: layer {index} does not fit this model: {error}") from error
-        held: Store | None = None
+        keys, values, chunks = own["near_keys"], own["near_values"], list[int]()
+        layer.lazy_initialization(keys[None], values[None])
         if saved.chunks:
             records = SavedRecords(opened, context, index, checksums[index])
-            held = _open_store(records, order, device, config.store, whole=store is not None)
+            chunks = _fill_store(layer, records, order, device, whole=store is not None)
             done += saved.chunks * records.layout.chunk_bytes
-        layer.restore(own["near_keys"], own["near_values"], held, list(range(saved.chunks)), _summaries(own))
+        layer.restore(keys, values, chunks, _summaries(own))
         report(done, context.size_bytes)
     cache.loaded_ids = tuple(tensors["token_ids"].tolist())
     return cache
 
 
-def _open_store(records: SavedRecords, order: Tensor | None, device: torch.device, tier: str, whole: bool) -> Store:
-    """A layer's store, its chunks' ids counted from 0."""
-    if tier == "device":
-        store = MemoryStore(records.layout, device, tier)
+def _fill_store(
+    layer: HGALayer, records: SavedRecords, order: Tensor | None, device: torch.device, whole: bool
+) -> list[int]:
+    """Give a layer a store that holds its chunks; returns their ids. Only host memory is filled lazily."""
+    ids: list[int] = []
+    if layer.hga_config.store == "ram":
+        lazy = LazyStore(records.layout, records.chunks, order, records.piece_groups, records.read, device)
+        layer.open_store(records.layout, lazy)
+        ids += range(records.chunks)
+        if whole:
+            lazy.fill(ids)
+    else:
+        store = layer.open_store(records.layout)
         for first, part in records.read_chunks():
             own_order = None if order is None else order[first : first + len(part)].to(device)
-            store.append(part.to(device), own_order)
-        return store
-    lazy = LazyStore(records.layout, records.chunks, order, records.piece_groups, records.read, device)
-    if whole:
-        lazy.fill(list(range(records.chunks)))
-    return lazy
+            ids += store.append(part.to(device), own_order)
+    return ids
 
 
 def _check_fit(layer: Any, saved: SavedLayer) -> None:
