@@ -308,12 +308,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     script = """
 import hga.cache.saved
 os.chdir(os.path.dirname(path))
-if os.getuid() == 0:
-    os.setuid(65534)
-try:
-    save("a.hga")
-except PermissionError as error:
-    print("refused:", error)
+with hga.enabled(families.shared("llama"), SMALL) as model:
+    cache = new_cache(model)
+    read(model, families.prompt(20), cache)
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        cache.save("a.hga", model, families.prompt(20))
+    except PermissionError as error:
+        print("refused:", error)
 """
     out, err = start(script, folder / "a.hga").communicate(timeout=120)
     assert "refused: cannot save to" in out, err
@@ -417,7 +420,7 @@ def test_leftovers_of_others_are_left_alone(model: Any, path: Path) -> None:
 
 def test_two_processes_save_to_one_path(model: Any, path: Path) -> None:
     script = """
-for turn in range(12):
+for turn in range(6):
     save(path, int(sys.argv[2]))
 """
     runs = [start(script, path, tokens) for tokens in ("300", "500")]
