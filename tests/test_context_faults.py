@@ -395,12 +395,14 @@ save(path, 600, report=wait)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     command = [sys.executable, "-c", _SAVE + script, str(path)]
     killed = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert killed.stdout.readline() == "writing\n"
-    (partial,) = path.parent.glob(".a.hga.*.hga-partial")
-    save(model, path, tokens=200)  # another save to the same path leaves a living writer's file alone
-    assert partial.exists()
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    try:
+        assert killed.stdout.readline() == "writing\n"
+        (partial,) = path.parent.glob(".a.hga.*.hga-partial")
+        save(model, path, tokens=200)  # another save to the same path leaves a living writer's file alone
+        assert partial.exists()
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=60)
     assert partial.exists()
     assert read_context(path).tokens == 200
     with pytest.raises(ValueError, match="no saved context"):  # half a file is never taken for one
