@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +13,7 @@ from hga.cache.kernels import find_closing
 from hga.cache.layout import record_layout
 from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
-from hga.ops.precision import resolve_summary_dtype
+from hga.ops.precision import Rows, resolve_summary_dtype
 from hga.store import RecordLayout, Store
 
 _STREAMED_CHUNKS = 8
@@ -28,16 +29,16 @@ class Archive:
         self, config: HGAConfig, open_store: OpenStore, inverse_frequencies: Tensor | None, like: Tensor
     ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
+        self.chunks: list[int] = []
         self._config = config
         self._inverse_frequencies = inverse_frequencies
         self._summary_dtype = resolve_summary_dtype(config.summary_dtype, like.dtype)
         self._close_chunks = find_closing(config, like.dtype, like.device)
         self.summaries = Summaries(config)
-        self.chunks: list[int] = []
         self.reopenings = 0
         self._table = torch.empty(0, dtype=torch.int64, device=like.device)
         self._device = like.device
-        self._store = open_store(record_layout(config, like.shape[0], like.shape[2], like.dtype))
+        self.store = open_store(record_layout(config, like.shape[0], like.shape[2], like.dtype))
 
     def close(self, keys: Tensor, values: Tensor) -> None:
         """Close whole chunks, (Hkv, n C, D) in position order: order tokens, summarise, hand K/V to the store."""
@@ -55,21 +56,26 @@ class Archive:
         )
         try:
             self.summaries.append(closed)
-            ids = self._store.append(closed.records, closed.order)
+            ids = self.store.append(closed.records, closed.order)
         except BaseException:  # out of memory on either side: the chunks stay open
             self.summaries.truncate(len(self.chunks))
             raise
         self._set_chunks(self.chunks + ids)
 
+    def restore(self, ids: list[int], summaries: dict[str, Rows]) -> None:
+        """Be, from empty, an archive of chunks that the store holds, retained for it."""
+        self.summaries.restore(len(ids), summaries)
+        self._set_chunks(ids)
+
     def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
         """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""
         ids = self.chunks[keep:]
-        records, order = self._store.read(ids, self._device)
-        keys, values = self._store.layout.unpack(records)  # (n, Hkv, C, D) in group order
+        records, order = self.store.read(ids, self._device)
+        keys, values = self.store.layout.unpack(records)  # (n, Hkv, C, D) in group order
         if order is not None:
             index = order.argsort(-1)[..., None].expand_as(keys)
             keys, values = keys.gather(2, index), values.gather(2, index)
-        self._store.release(ids)
+        self.store.release(ids)
         self._set_chunks(self.chunks[:keep])
         self.reopenings += 1  # chunk numbers may come to mean other tokens
         self.summaries.truncate(keep)
@@ -81,14 +87,14 @@ class Archive:
         for start in range(0, len(self.chunks), _STREAMED_CHUNKS):
             chunks = self.chunks[start : start + _STREAMED_CHUNKS]
             records = self._records(len(chunks))
-            self._store.stage(chunks, records)
-            keys, values = self._store.layout.unpack(records)
+            self.store.stage(chunks, records)
+            keys, values = self.store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
     def stage(self) -> Tensor:
         """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks."""
         records = self._records(len(self.chunks))
-        self._store.stage(self.chunks, records)
+        self.store.stage(self.chunks, records)
         return records
 
     def stream_records(self) -> Iterator[Tensor]:
@@ -96,7 +102,7 @@ class Archive:
 
         What is yielded is valid until the next but one is asked for, for work on the current stream.
         """
-        per_piece = max(1, _STAGED_BYTES // self._store.layout.chunk_bytes)
+        per_piece = max(1, _STAGED_BYTES // self.store.layout.chunk_bytes)
         pieces = [self.chunks[start : start + per_piece] for start in range(0, len(self.chunks), per_piece)]
         buffers = [self._records(min(per_piece, len(self.chunks))) for _ in pieces[:2]]
         current, side = torch.cuda.current_stream(self._device), _staging_stream(self._device)
@@ -108,7 +114,7 @@ class Archive:
             with torch.cuda.stream(side):
                 if index >= 2:
                     side.wait_event(used[index - 2])
-                self._store.stage(pieces[index], buffers[index % 2][: len(pieces[index])])
+                self.store.stage(pieces[index], buffers[index % 2][: len(pieces[index])])
                 ready.append(side.record_event())
 
         for index, piece in enumerate(pieces):
@@ -121,7 +127,7 @@ class Archive:
             used.append(current.record_event())
 
     def _records(self, chunks: int) -> Tensor:
-        layout = self._store.layout
+        layout = self.store.layout
         return torch.empty((chunks, *layout.shape), dtype=layout.dtype, device=self._device)
 
     def places(self, groups: Tensor) -> Tensor:
@@ -132,25 +138,30 @@ class Archive:
     def fetch(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """K/V of groups at ascending places of the store, (Hkv, U): keys, values (Hkv, U g, D)."""
         per_chunk = self._config.chunk_size // self._config.group_size
-        keys, values = self._store.fetch(places // per_chunk, places % per_chunk)
+        keys, values = self.store.fetch(places // per_chunk, places % per_chunk)
         return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
 
     def addresses(self) -> Tensor:
         """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""
-        return self._store.addresses(self.chunks)
+        return self.store.addresses(self.chunks)
 
     def fork(self) -> Archive:
-        """A twin that shares the chunks and owns its summaries: a beam."""
+        """A twin that shares chunks and summaries until it goes its own way: a beam, or a forked cache's row."""
         twin = object.__new__(Archive)
-        twin.__dict__.update(self.__dict__)
-        twin.summaries = self.summaries.clone()
-        self._store.retain(self.chunks)
+        twin.__dict__.update(self.__dict__, summaries=self.summaries.fork(), chunks=[])
+        self.store.retain(self.chunks)
+        twin.chunks = self.chunks
         return twin
 
     def release(self) -> None:
         """Give up all chunks."""
-        self._store.release(self.chunks)
+        self.store.release(self.chunks)
         self._set_chunks([])
+
+    def __del__(self) -> None:
+        """A cache that is dropped, not reset, must not hold chunks of a store that its forks still use."""
+        if vars(self).get("chunks") and not sys.is_finalizing():
+            self.store.abandon(self.chunks)
 
     def _set_chunks(self, chunks: list[int]) -> None:
         self.chunks = chunks

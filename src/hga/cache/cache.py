@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hga.cache.decoding import Decoding
 from hga.cache.families import check_model_config, routed_layers
@@ -18,6 +22,13 @@ from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
 from hga.store.host import check_host_room
+
+if TYPE_CHECKING:
+    from hga.cache.saved import Report, SavedContext
+
+
+def _no_report(done_bytes: int, all_bytes: int) -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class HGACache(DynamicCache):
     hga_config: HGAConfig
     stepper: Any
     """What the integration keeps between decode steps: a captured graph."""
+    loaded_ids: tuple[int, ...] = ()
+    """Ids of the tokens that a loaded cache began with; what it has read or forgotten since does not change them."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -159,22 +172,123 @@ class HGACache(DynamicCache):
         for layer in begun:
             layer.end_token()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HGACache:
-        """TypeError on a GPU, where a copy's archive would not be page-locked."""
-        if any(layer.is_initialized and layer.device.type == "cuda" for layer in self.routed):
-            raise TypeError(
-                "an HGACache on a GPU cannot be deep-copied; crop it back instead, or read the prefix again"
+    def fork(self) -> HGACache:
+        """An independent cache of the same tokens: another question about one document, without reading it again.
+
+        Closed chunks and their summaries are shared and never copied unless one side changes them, window and
+        unclosed tokens are copied, counters start anew. Each may be extended, cropped, reset or dropped; the others
+        do not notice, and what nobody holds any more is given back. Forks of one cache share stores: use them from
+        one thread at a time. RuntimeError in the middle of a forward.
+        """
+        self._check_settled()
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._handshake, twin.decoding, twin.stepper = Handshake(), Decoding(), None
+        twin.layers = [
+            layer.fork(twin._handshake, twin.decoding) if isinstance(layer, HGALayer) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        return twin
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        model: Any,
+        token_ids: Tensor | Sequence[int],
+        *,
+        suffix: str = "",
+        report: Report = _no_report,
+    ) -> SavedContext:
+        """Save what was read, for other processes: `token_ids`, those of every token of this cache, and its state.
+
+        The file replaces what is at `path` only when it is whole on the disk; see DESIGN.md for its format. model: the
+        one that read them. suffix: text to put between a question and the answer, such as the end of a chat template.
+        report: called with the bytes written and all there are. ValueError for ids that do not fit,
+        more than one sequence, or padding; OSError, with nothing changed, where the file cannot be written.
+        """
+        from hga.cache.saved import save_context
+
+        self._check_settled()
+        return save_context(self, Path(path), model, token_ids, suffix, report)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any, *, store: str | None = None, report: Report = _no_report
+    ) -> HGACache:
+        """The cache that was saved at `path`, for the same model; `loaded_ids` are the ids of its tokens.
+
+        An archive in host memory is read, and checked, where a query opens it, and the file stays open. With `store`,
+        a tier of `HGAConfig.store` that takes the saved one's place, and in other tiers all is read and checked now.
+        Any number of processes may load one file, and one cache `fork` any number of times: nothing writes to it.
+        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read.
+        """
+        from hga.cache.saved import load_context
+
+        loaded: HGACache = load_context(cls, Path(path), model, store, report)
+        return loaded
+
+    def keep_common(self, prompt_ids: Sequence[int], held_ids: Sequence[int] | None = None) -> int:
+        """Keep what this cache shares with a prompt, so that only the rest has to be read; returns tokens kept.
+
+        held_ids: those of the cache's tokens; `loaded_ids` by default, for a cache as it was loaded. At least one
+        token of the prompt is left to read. Where the cache cannot go back that far it is emptied.
+        """
+        held = self.loaded_ids if held_ids is None else held_ids
+        if len(held) != self.get_seq_length():
+            raise ValueError(
+                f"{len(held)} ids are not those of the {self.get_seq_length()} tokens that this cache holds"
             )
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        return copied
+        kept = min(common_prefix(held, prompt_ids), len(prompt_ids) - 1)
+        if kept > 0 and self.can_crop_to(kept):
+            self.keep_first(kept)
+            return kept
+        self.reset()
+        return 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HGACache:
+        return self.fork()
+
+    def can_crop_to(self, tokens: int) -> bool:
+        """Whether `keep_first(tokens)` can forget what comes after; layers with a full sliding window cannot."""
+        if tokens >= self.get_seq_length():
+            return True
+        return all(
+            isinstance(layer, HGALayer)
+            or type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window)
+            for layer in self.layers
+        )
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens, as if the others had never been fed.
+
+        ValueError, and nothing is forgotten, where a layer cannot go back: see `can_crop_to`.
+        """
+        length = self.get_seq_length()
+        if not 0 <= tokens <= length:
+            raise ValueError(f"keep_first({tokens}): this cache holds {length} tokens; give a number from 0 to that")
+        if not self.can_crop_to(tokens):
+            raise ValueError(
+                f"this cache cannot go back from {length} to {tokens} tokens: sliding windows and linear attention "
+                "forget what they have passed. Read the prompt again with a new cache"
+            )
+        if tokens < length:
+            self.crop(tokens - length)
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
         self.stepper = None
+
+    def _check_settled(self) -> None:
+        """RuntimeError if layers may disagree about what they have seen."""
+        lengths = {layer.get_seq_length() for layer in self.routed}
+        if self._handshake.awaiting is not None or len(lengths) > 1:
+            raise RuntimeError(
+                "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; "
+                "call cache.reset() first"
+            )
 
     @property
     def routed(self) -> list[HGALayer]:
@@ -186,7 +300,8 @@ class HGACache(DynamicCache):
         check_model_config(config)
         decoder = config.get_text_config(decoder=True)
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
-        handshake, limit = Handshake(), position_limit(decoder)
+        limit = position_limit(decoder)
+        self._handshake = Handshake()
         self.decoding = Decoding()
         self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
@@ -195,4 +310,10 @@ class HGACache(DynamicCache):
             shape = LayerShape(
                 decoder.num_key_value_heads, decoder.num_attention_heads, head_dim, limit, frequencies, decoder
             )
-            self.layers[index] = HGALayer(self.hga_config, index, shape, handshake, self.decoding)
+            self.layers[index] = HGALayer(self.hga_config, index, shape, self._handshake, self.decoding)
+
+
+def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Tokens that two sequences of token ids share from the start: a cache of one serves that much of the other."""
+    differing = (index for index, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
+    return next(differing, min(len(ids), len(others)))

@@ -17,6 +17,7 @@ from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
+from hga.ops.precision import Rows
 from hga.store import MemoryStore, RecordLayout, Store
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -90,6 +91,25 @@ class HGALayer(CacheLayerMixin):
         open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
         self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
+
+    def open_store(self, layout: RecordLayout, filled: Store | None = None) -> Store:
+        """The store that all rows share from now on: `filled`, else an empty one of the config's tier."""
+        self._stores[:] = [] if filled is None else [filled]
+        return self.rows[0].open_store(layout)
+
+    def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
+        """Be a layer of one row, of which the store holds `chunks`; see `Row.restore`. `lazy_initialization` first."""
+        self.rows[0].restore(keys, values, chunks, summaries)
+        self._seen = self.rows[0].length
+
+    def fork(self, handshake: Handshake, decoding: Decoding) -> HGALayer:
+        """A twin for another cache: it shares closed chunks and summaries, and goes its own way from here."""
+        twin = HGALayer(self.hga_config, self.layer_idx, self.shape, handshake, decoding)
+        twin._stores, twin._seen, twin.is_initialized = self._stores, self._seen, self.is_initialized
+        if self.is_initialized:
+            twin.dtype, twin.device = self.dtype, self.device
+        twin.rows = [row.fork(twin.counters) for row in self.rows]
+        return twin
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new K/V (B, Hkv, T, D) and return them, the key tensor linked to this layer.
@@ -299,7 +319,7 @@ class HGALayer(CacheLayerMixin):
         return sum(row.window_bytes() for row in self.rows)
 
     def store_bytes(self) -> dict[str, int]:
-        """Bytes of the archive by tier; shared chunks once."""
+        """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
 
     def cached_bytes(self) -> int:

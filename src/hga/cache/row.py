@@ -19,7 +19,7 @@ from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
-from hga.ops.precision import compute_dtype
+from hga.ops.precision import Rows, compute_dtype
 from hga.ops.routing import NEVER, score
 from hga.ops.tiles import closed_chunks, pending_groups
 
@@ -67,7 +67,7 @@ class Row:
         self, config: HGAConfig, open_store: OpenStore, counters: Counters, inverse_frequencies: Tensor | None
     ) -> None:
         self._config = config
-        self._open_store = open_store
+        self.open_store = open_store
         self._counters = counters
         self._inverse_frequencies = inverse_frequencies
         self._keys = self._values = torch.empty(0)  # (Hkv, capacity, D), `near_length` rows in use
@@ -102,6 +102,14 @@ class Row:
             self._keys, self._values = grown
         self._keys[:, used:end], self._values[:, used:end] = keys, values
         self.length += keys.shape[1]
+
+    def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
+        """Be, from empty, a row with these near tokens (Hkv, n, D) behind chunks that its store holds already."""
+        self._keys, self._values = keys, values
+        self.length = keys.shape[1] + len(chunks) * self._config.chunk_size
+        if chunks:
+            self._archive = Archive(self._config, self.open_store, self._inverse_frequencies, keys)
+            self._archive.restore(chunks, summaries)
 
     # ---- single tokens by kernels --------------------------------------------------------------------
 
@@ -269,7 +277,7 @@ class Row:
             return
         keys, values = self._near()
         if self._archive is None:
-            self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
+            self._archive = Archive(self._config, self.open_store, self._inverse_frequencies, keys)
         first = self._config.sink_tokens
         last = first + (chunks - self.chunks) * self._config.chunk_size
         # What may run out of memory comes first: a chunk is closed and cut out of `near`, or neither.
@@ -307,10 +315,14 @@ class Row:
             )
         self.length = length
 
-    def fork(self) -> Row:
-        """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam."""
+    def fork(self, counters: Counters | None = None) -> Row:
+        """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam, or a forked cache's row.
+
+        counters: what the copy counts into; this row's own by default.
+        """
         twin = object.__new__(Row)
         twin.__dict__.update(self.__dict__)
+        twin._counters = counters or self._counters
         twin._keys, twin._values = self._keys.clone(), self._values.clone()
         twin._archive = None if self._archive is None else self._archive.fork()
         return twin

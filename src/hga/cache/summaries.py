@@ -23,6 +23,7 @@ class GrowingRows:
         self._unit = unit
         self._data: Tensor | None = None
         self._scale: Tensor | None = None
+        self._shared = False
         self.length = 0
 
     def append(self, rows: Rows) -> None:
@@ -30,7 +31,7 @@ class GrowingRows:
         end = self.length + rows.data.shape[1]
         data = self._grown(self._data, rows.data)
         scale = None if rows.scale is None else self._grown(self._scale, rows.scale)
-        self._data, self._scale = data, scale  # both or, without memory for one, none
+        self._data, self._scale, self._shared = data, scale, False  # all or, without memory for one, none
         data[:, self.length : end] = rows.data
         if rows.scale is not None and scale is not None:
             scale[:, self.length : end] = rows.scale
@@ -67,14 +68,14 @@ class GrowingRows:
 
     def move_to(self, buffers: Rows) -> None:
         """Live in other buffers, which hold the same rows."""
+        self._shared = self._shared and buffers.data.data_ptr() == self._held().data_ptr()
         self._data, self._scale = buffers
 
-    def clone(self) -> GrowingRows:
-        """An independent copy."""
-        twin = GrowingRows(self._unit)
-        twin.length = self.length
-        twin._data = None if self._data is None else self._data[:, : self.length].clone()
-        twin._scale = None if self._scale is None else self._scale[:, : self.length].clone()
+    def fork(self) -> GrowingRows:
+        """A twin. Both use one buffer until they append, which makes them copy it first."""
+        self._shared = True
+        twin = object.__new__(GrowingRows)
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def held_bytes(self) -> int:
@@ -85,7 +86,7 @@ class GrowingRows:
         """A buffer with room for `like` behind the rows there are; the old one where it is large enough."""
         heads, added, width = like.shape
         need = self.length + added
-        if buffer is not None and buffer.shape[1] >= need:
+        if buffer is not None and buffer.shape[1] >= need and not self._shared:
             return buffer
         slack = need // _GROWTH // self._unit * self._unit
         grown = like.new_empty(heads, need + slack, width)
@@ -122,6 +123,19 @@ class Summaries:
             self.group_keys.append(closed.group_keys)
         self.chunks += closed.records.shape[0]
 
+    def parts(self) -> dict[str, GrowingRows]:
+        """What is kept of each chunk under this config, by name."""
+        config = self._config
+        parts = {"node_keys": self.node_keys}
+        parts |= {"node_values": self.node_values} if config.far_field else {}
+        return parts | ({"group_keys": self.group_keys} if config.two_level else {})
+
+    def restore(self, chunks: int, rows: dict[str, Rows]) -> None:
+        """Be, from empty, the summaries of `chunks` chunks whose parts were these."""
+        for name, part in self.parts().items():
+            part.append(rows[name])
+        self.chunks = chunks
+
     def truncate(self, chunks: int) -> None:
         """Forget all chunks but the first `chunks`."""
         tokens = chunks * self._config.chunk_size
@@ -130,12 +144,12 @@ class Summaries:
         self.group_keys.truncate(tokens // self._config.group_size)
         self.chunks = min(self.chunks, chunks)
 
-    def clone(self) -> Summaries:
-        """An independent copy, for a beam that goes its own way."""
+    def fork(self) -> Summaries:
+        """A twin that goes its own way; what is there already is shared."""
         twin = object.__new__(Summaries)
         twin.__dict__.update(self.__dict__)
         twin.node_keys, twin.node_values, twin.group_keys = (
-            rows.clone() for rows in (self.node_keys, self.node_values, self.group_keys)
+            rows.fork() for rows in (self.node_keys, self.node_values, self.group_keys)
         )
         return twin
 

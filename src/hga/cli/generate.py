@@ -24,6 +24,7 @@ from hga.cli.options import (
     routing,
 )
 from hga.cli.output import emit, in_bytes, say, token_progress
+from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def generate(
         bool,
         typer.Option("--chat", help="Wrap the prompt in the model's chat template, as the user's message."),
     ] = False,
+    context: Annotated[
+        Path | None,
+        typer.Option("--context", metavar="PATH", help="A saved context (hga context save) that the prompt is about."),
+    ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
     model: Model = SMOLLM2.name,
@@ -51,22 +56,32 @@ def generate(
 ) -> None:
     """Continue a prompt, however long, greedily. Text goes to stdout, timings to stderr.
 
+    With --context the prompt follows the saved document, which is not read again; a prompt that itself begins with
+    half of the document or more is taken as it is, and only what differs is read. The document's own preset goes on.
+
     Example: hga generate --chat --prompt "Name three colours of the sea." --max-new-tokens 60
     """
     text = _one_prompt(prompt, prompt_file)
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
     config = routing(preset, budget)
+    if context is not None:
+        config = _context_config(context, config, chat)
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
-    ids = _encode(tokenizer, text, chat).to(loaded.device)
-    check_positions(loaded.config, ids.shape[1] + max_new_tokens)
 
     import hga
 
-    cache = hga.HGACache(config=loaded.config, hga_config=config)
+    started = time.perf_counter()
+    if context is None:
+        cache, ids, reused = hga.HGACache(config=loaded.config, hga_config=config), _encode(tokenizer, text, chat), 0
+    else:
+        cache, ids, reused = _continue(context, loaded, tokenizer, text)
+    load_seconds = time.perf_counter() - started
+    ids = ids.to(loaded.device)
+    check_positions(loaded.config, ids.shape[1] + max_new_tokens)
     started = time.perf_counter()
     with hga.enabled(loaded, config):
-        _read(loaded, ids, cache, config.block_tokens)
+        read_prompt(loaded, ids, cache, reused, ids.shape[1] - 1)
         read_seconds = time.perf_counter() - started
         cache.reset_counters()
         written = _write(loaded, tokenizer, ids, cache, max_new_tokens, stream=not json)
@@ -74,11 +89,13 @@ def generate(
     stats = cache.stats()
     if json:
         row = {"model": model, "prompt_tokens": ids.shape[1], "new_tokens": len(written)}
+        row |= {"reused_tokens": reused, "load_seconds": load_seconds}
         row |= {"text": tokenizer.decode(written, skip_special_tokens=True)}
         emit(row | {"read_seconds": read_seconds, "write_seconds": write_seconds, "cache": asdict(stats)})
     else:
         say(
-            f"read {ids.shape[1]:,} tokens in {read_seconds:.1f} s, wrote {len(written):,} at "
+            f"{_reuse(context, reused, load_seconds)}read {ids.shape[1] - reused:,} tokens in {read_seconds:.1f} s, "
+            f"wrote {len(written):,} at "
             f"{len(written) / write_seconds:.1f} a second; {stats.attended:.1%} of the context attended "
             f"exactly; {in_bytes(stats.device_bytes)} of K/V and summaries beside the model, "
             f"{in_bytes(stats.store_bytes)} in the store"
@@ -110,17 +127,52 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Tensor:
     return torch.tensor([ids])
 
 
-def _read(model: Any, ids: Tensor, cache: Any, block: int) -> None:
-    """Feed all of the prompt but its last token, with a progress bar; generate takes it from there."""
+def _context_config(path: Path, config: HGAConfig, chat: bool) -> HGAConfig:
+    """The rule by which a saved context was read, which is the one that goes on. ValueError where another is asked."""
+    from hga.cache.saved import read_context
+
+    saved = read_context(path)
+    if config not in (saved.config, HGAConfig()):
+        raise ValueError(
+            f"{path} was read by another routing rule (budget_tokens={saved.config.budget_tokens}; see hga context "
+            "info); leave --preset and --budget out"
+        )
+    if chat:
+        raise ValueError(f"--chat: whether {path} is a chat was decided when it was saved; leave --chat out")
+    return saved.config
+
+
+def _continue(path: Path, model: Any, tokenizer: Any, text: str) -> tuple[Any, Tensor, int]:
+    """A saved context's cache, the whole prompt's ids (1, T), and how many of them the cache holds already."""
+    import torch
+
+    import hga
+    from hga.cache.saved import read_context
+
+    cache, saved = hga.HGACache.load(path, model), read_context(path)
+    held = list(cache.loaded_ids)
+    ids = tokenizer(text, verbose=False).input_ids
+    if hga.common_prefix(ids, held) < len(held) / 2:
+        ids = held + tokenizer(text + saved.suffix, add_special_tokens=False, verbose=False).input_ids
+    reused = cache.keep_common(ids)
+    return cache, torch.tensor([ids]), reused
+
+
+def _reuse(context: Path | None, reused: int, seconds: float) -> str:
+    return "" if context is None else f"{reused:,} tokens from {context} in {seconds:.1f} s, "
+
+
+def read_prompt(model: Any, ids: Tensor, cache: Any, first: int, last: int) -> None:
+    """Feed tokens `first` to `last` of a prompt (1, T), with a progress bar; generate takes it from there."""
     import torch
 
     from hga.cache.families import cache_argument
 
-    argument = cache_argument(model)
+    block, argument = cache.hga_config.block_tokens, cache_argument(model)
     with torch.no_grad(), token_progress() as progress:
-        task = progress.add_task("reading", total=ids.shape[1] - 1)
-        for start in range(0, ids.shape[1] - 1, block):
-            part = ids[:, start : min(start + block, ids.shape[1] - 1)]
+        task = progress.add_task("reading", total=last - first)
+        for start in range(first, last, block):
+            part = ids[:, start : min(start + block, last)]
             model(part, use_cache=True, logits_to_keep=1, **{argument: cache})
             progress.advance(task, part.shape[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +46,7 @@ class MemoryStore:
         self._first_id: list[int] = []
         self._readable: list[bool] = []  # by a GPU, by address
         self._holders: dict[int, int] = {}
+        self._abandoned: deque[int] = deque()
         self._free: list[int] = []  # descending, so that neighbours are taken together from the end
         self._capacity = 0
         self._copied: torch.cuda.Event | None = None  # after the last copy from a GPU
@@ -52,6 +54,7 @@ class MemoryStore:
 
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
         """See `Store.append`."""
+        self.release([])
         self._check(records, order)
         if (missing := len(records) - len(self._free)) > 0:
             self._grow(missing, records.device)
@@ -140,7 +143,8 @@ class MemoryStore:
 
     def release(self, ids: list[int]) -> None:
         """See `Store.release`. Memory of released chunks is reused, and given back when none is held."""
-        for chunk in ids:
+        abandoned = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        for chunk in (*abandoned, *ids):
             self._holders[self._held(chunk)] -= 1
             if not self._holders[chunk]:
                 del self._holders[chunk]
@@ -149,8 +153,13 @@ class MemoryStore:
         if not self._holders:
             self._give_back()
 
+    def abandon(self, ids: list[int]) -> None:
+        """See `Store.abandon`."""
+        self._abandoned.extend(ids)
+
     def held_bytes(self) -> dict[str, int]:
         """See `Store.held_bytes`."""
+        self.release([])
         return {self.tier: len(self._holders) * self._one_bytes}
 
     def allocated_bytes(self) -> dict[str, int]:

@@ -118,6 +118,10 @@ class Store(Protocol):
         """Take one holder from each chunk; a chunk with none is forgotten and its place reused."""
         ...
 
+    def abandon(self, ids: list[int]) -> None:
+        """`release` for a finalizer, which may run in the middle of any call: it takes effect at a later one."""
+        ...
+
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now by tier ("device", "ram", "nvme"): each chunk once, permutations included."""
         ...
