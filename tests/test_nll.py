@@ -1,12 +1,18 @@
 """The evaluation: its losses are those of the model, its routed path that of decoding."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_model import byte_tokenizer, tiny_model
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import hga
-from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read, resolve_rules
+from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read
+from hga.evals.rule import open_rule, resolve_rules
 
 SMALL = {
     "chunk_size": 32,
@@ -160,3 +166,55 @@ def test_first_tokens():
 def test_a_document_without_a_second_half(model):
     with pytest.raises(ValueError, match="too few"):
         next(iter(evaluate_nll(model, torch.zeros(1, 3, dtype=torch.long), {"dense": None})))
+
+
+class RecentTokens:
+    """A peer over dense K/V: everything but the last `budget_tokens` is masked; the shape that a peer must have."""
+
+    def __init__(self, budget_tokens: int) -> None:
+        self.budget_tokens = budget_tokens
+
+    @contextmanager
+    def opened(self, model):
+        before = model.config._attn_implementation
+        AttentionInterface.register("recent", self.attend)
+        AttentionMaskInterface.register("recent", sdpa_mask)
+        model.set_attn_implementation("recent")
+        try:
+            yield CountedCache(config=model.config)
+        finally:
+            model.set_attn_implementation(before)
+
+    def attend(self, module, query, key, value, mask, **kwargs):
+        last, new = key.shape[2], query.shape[2]
+        place = torch.arange(last)
+        distance = place[last - new :, None] - place
+        allowed = (distance >= 0) & (distance < self.budget_tokens)
+        return sdpa_attention_forward(module, query, key, value, allowed[None, None], **kwargs)
+
+
+class CountedCache(DynamicCache):
+    resets = 0
+
+    def reset_counters(self):
+        self.resets += 1
+
+    def stats(self):
+        return SimpleNamespace(
+            attended=0.25 * self.resets, fetched=0.5, device_bytes=7, store_bytes=0, summary_share=0.0
+        )
+
+
+def test_a_peer_is_a_rule_like_any_other(model, ids):
+    rules = {"few": RecentTokens(16), "dense": None, "all": RecentTokens(512)}
+    dense, few, all_of_it = evaluate_nll(model, ids, rules)
+    torch.testing.assert_close(all_of_it.losses, dense.losses)
+    assert (few.losses - dense.losses).abs().max() > 1e-3
+    assert (few.budget_tokens, few.attended, few.fetched, few.device_bytes) == (16, 0.25, 0.5, 7)
+
+
+def test_open_rule_gives_the_model_back_after_an_error(model):
+    for rule in (None, own_rule(64)["own"], RecentTokens(16)):
+        with pytest.raises(KeyError), open_rule(model, rule):
+            raise KeyError
+        assert model.config._attn_implementation == "sdpa"

@@ -97,7 +97,8 @@ def _measure_one(
     new_tokens: int,
     progress: Callable[[int], object],
 ) -> tuple[Reading, Tensor]:
-    from hga.evals.nll import held_bytes, paired_gap, read
+    from hga.evals.nll import paired_gap, read
+    from hga.evals.rule import held_bytes
 
     routing = getattr(cache, "hga_config", None)
     started = time.perf_counter()

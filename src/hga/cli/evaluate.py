@@ -59,7 +59,8 @@ def nll(
     share = None if budget is None else parse_share(budget)
     if tokens < 4:
         raise ValueError(f"--tokens {tokens} must be at least 4, so that there is a second half to score")
-    from hga.evals.nll import evaluate_nll, first_tokens, resolve_rules
+    from hga.evals.nll import evaluate_nll, first_tokens
+    from hga.evals.rule import resolve_rules
 
     resolved = resolve_rules(names, tokens, share, own)
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)

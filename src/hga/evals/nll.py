@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,13 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-import hga
-from hga.config import PRESETS, TILE_TOKENS, HGAConfig
+from hga.config import TILE_TOKENS
+from hga.evals.rule import Rule, Rules, held_bytes, open_rule, reset_counters
 
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
-
-Rules = Mapping[str, HGAConfig | None]
-"""Rule names with their config; None is dense attention."""
 
 Progress = Callable[[int], object]
 """Called with the number of tokens just read."""
@@ -62,55 +59,6 @@ def paired_gap(losses: Tensor, dense: Tensor) -> tuple[float, float]:
     """Mean of `losses - dense` (both (n,), nats) and its standard error over tokens."""
     difference = (losses - dense).double()
     return difference.mean().item(), (difference.std() / difference.numel() ** 0.5).item()
-
-
-def resolve_rules(
-    names: Sequence[str],
-    tokens: int,
-    fraction: float | None = None,
-    own: Mapping[str, HGAConfig] | None = None,
-) -> dict[str, HGAConfig | None]:
-    """Configs of the named rules for a document of `tokens` tokens, "dense" (None) first.
-
-    names: "dense", "window" (sink and window only), presets, or keys of `own`. fraction: the budget as a
-    share of `tokens`; without it each config keeps its own. Every rule routes from the first token on.
-    ValueError for an unknown rule, a fraction outside (0, 1], or a budget that a rule cannot work with.
-    """
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"budget {fraction} must be a share of the context above 0 and at most 1, e.g. 1/32")
-    if not names:
-        raise ValueError("no rule is named; for example dense,balanced")
-    bases = {"window": HGAConfig()} | {name: HGAConfig.preset(name) for name in PRESETS} | dict(own or {})
-    rules: dict[str, HGAConfig | None] = {"dense": None} if "dense" in names else {}
-    for name in names:
-        if name == "dense":
-            continue
-        if name not in bases:
-            raise ValueError(f"rule {name!r} is unknown; choose from dense, {', '.join(bases)}")
-        budget = bases[name].budget_tokens if fraction is None else int(fraction * tokens)
-        try:
-            if name == "window":
-                rules[name] = _window_only(budget)
-            else:
-                rules[name] = bases[name].replace(prefill="routed", dense_below=0, budget_tokens=budget)
-        except ValueError as error:
-            raise ValueError(f"rule {name!r} on {tokens} tokens: {error}") from error
-    return rules
-
-
-def _window_only(budget: int) -> HGAConfig:
-    """Sink and the most recent tokens alone, in the same budget: what long-range attention is worth.
-
-    Without a far field a config must leave room for one routed group, so one group of four stays routed.
-    """
-    sink, group = HGAConfig().sink_tokens, HGAConfig().group_size
-    return HGAConfig(
-        sink_tokens=sink,
-        far_field=False,
-        window_tokens=max(group, budget - sink - group),
-        budget_tokens=budget,
-        prefill="routed",
-    )
 
 
 @torch.no_grad()
@@ -167,22 +115,20 @@ def evaluate_nll(
     """
     if ids.shape[1] < 4:
         raise ValueError(f"{ids.shape[1]} tokens are too few to score a second half; give at least 4")
-    if model.config._attn_implementation == "hga":
-        raise ValueError("the model is enabled already; call hga.disable(model), each rule enables it for itself")
     dense: Tensor | None = None
-    for rule in sorted(rules, key=lambda name: rules[name] is not None):
-        config = rules[rule]
+    for name in sorted(rules, key=lambda name: rules[name] is not None):
+        rule = rules[name]
         started = time.perf_counter()
         losses, held = _read_by_rule(
-            model, ids, config, block_tokens, None if progress is None else functools.partial(progress, rule)
+            model, ids, rule, block_tokens, None if progress is None else functools.partial(progress, name)
         )
-        if config is None:
+        if rule is None:
             dense = losses
         gap, error = (None, None) if dense is None else paired_gap(losses, dense)
         yield RuleScore(
-            rule=rule,
+            rule=name,
             tokens=ids.shape[1],
-            budget_tokens=None if config is None else config.budget_tokens,
+            budget_tokens=None if rule is None else rule.budget_tokens,
             **held,
             nll=losses.double().mean().item(),
             gap_nats=gap,
@@ -192,37 +138,20 @@ def evaluate_nll(
         )
 
 
-def held_bytes(cache: DynamicCache) -> dict[str, Any]:
-    """What a cache holds where and what its queries attended, in `RuleScore`'s terms; dense caches too."""
-    if isinstance(cache, hga.HGACache):
-        stats = cache.stats()
-        names = ("attended", "fetched", "device_bytes", "store_bytes", "summary_share")
-        return {name: getattr(stats, name) for name in names}
-    tensors = [x for layer in cache.layers for x in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    beside = sum(x.nbytes for x in tensors if isinstance(x, Tensor))
-    return {"attended": 1.0, "fetched": 1.0, "device_bytes": beside, "store_bytes": 0, "summary_share": 0.0}
-
-
 def _read_by_rule(
-    model: Any, ids: Tensor, config: HGAConfig | None, block_tokens: int, progress: Progress | None
+    model: Any, ids: Tensor, rule: Rule, block_tokens: int, progress: Progress | None
 ) -> tuple[Tensor, dict[str, Any]]:
-    half = ids.shape[1] // 2
-    if config is None:
-        cache = DynamicCache(config=model.config)
-        losses = read(model, ids, cache, score_from=half, block_tokens=block_tokens, progress=progress)
-        return losses, held_bytes(cache)
-    routed = hga.HGACache(config=model.config, hga_config=config)
-    with hga.enabled(model, config):
+    with open_rule(model, rule) as cache:
         losses = read(
             model,
             ids,
-            routed,
-            score_from=half,
+            cache,
+            score_from=ids.shape[1] // 2,
             block_tokens=block_tokens,
-            at_scoring=routed.reset_counters,
+            at_scoring=functools.partial(reset_counters, cache),
             progress=progress,
         )
-    return losses, held_bytes(routed)
+    return losses, held_bytes(cache)
 
 
 def first_tokens(tokenizer: Any, text: str, tokens: int) -> Tensor:
