@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 def plot_models(name: str, rows: list[Row], draw: Callable[[Axes, list[Row]], None]) -> str:
-    """A row of plots, one a model, as SVG."""
-    models = grouped(rows, lambda row: str(row["model"]))
-    figure = _figure(len(models))
-    for axes, (model, part) in zip(figure.axes, models.items(), strict=True):
+    """A plot a model, as SVG."""
+    plots = []
+    for model, part in grouped(rows, lambda row: str(row["model"])).items():
+        figure = _figure(1)
+        axes = figure.axes[0]
         draw(axes, part)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_ylabel("gap, nats a token")
         axes.set_title(f"{name}: {model}", fontsize=10)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    return _svg(figure)
+        axes.legend(fontsize=8)
+        plots.append(_svg(figure))
+    return "\n".join(plots)
 
 
 def draw_budget(axes: Axes, rows: list[Row]) -> None:
@@ -35,10 +38,9 @@ def draw_budget(axes: Axes, rows: list[Row]) -> None:
             attended = sum(float(row["attended"]) for row in same) / len(same)
             points.append((attended * 100, *mean_gap(same)))
         _line(axes, points, f"{rule}, {tokens:,}")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("attended, % of the context")
-    axes.set_ylabel("gap, nats a token")
-    axes.axhline(0, color="grey", linewidth=0.8)
 
 
 def draw_context(axes: Axes, rows: list[Row]) -> None:
@@ -46,10 +48,10 @@ def draw_context(axes: Axes, rows: list[Row]) -> None:
     for name, part in grouped(rows, label).items():
         points = [(tokens, *mean_gap(same)) for tokens, same in grouped(part, lambda row: int(row["tokens"])).items()]
         _line(axes, points, name)
+    lengths = sorted({int(row["tokens"]) for row in rows})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
     axes.set_xlabel("context, tokens")
-    axes.set_ylabel("gap, nats a token")
-    axes.axhline(0, color="grey", linewidth=0.8)
 
 
 def draw_memory(axes: Axes, rows: list[Row], dense: list[Row]) -> None:
@@ -68,8 +70,6 @@ def draw_memory(axes: Axes, rows: list[Row], dense: list[Row]) -> None:
         if points:
             _line(axes, points, name, joined=False)
     axes.set_xlabel("K/V and summaries beside the model, % of dense K/V")
-    axes.set_ylabel("gap, nats a token")
-    axes.axhline(0, color="grey", linewidth=0.8)
 
 
 def draw_positions(axes: Axes, rows: list[Row]) -> None:
@@ -85,8 +85,6 @@ def draw_positions(axes: Axes, rows: list[Row]) -> None:
         _line(axes, points, name)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel(f"position, of {longest:,} tokens")
-    axes.set_ylabel("gap, nats a token")
-    axes.axhline(0, color="grey", linewidth=0.8)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float, float]], name: str, joined: bool = True) -> None:
@@ -128,4 +126,5 @@ def _svg(figure: Figure) -> str:
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     svg = written.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return svg if len(figure.axes) == 1 else svg.replace("<svg", '<svg class="wide"', 1)

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 from hga.evals.plots import draw_budget, draw_context, draw_memory, draw_positions, draw_recall, plot_models
 from hga.evals.results import Row
-from hga.evals.summary import grouped, label, of_kind, task_scores
+from hga.evals.summary import grouped, label, of_kind, task_scores, task_table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } p.remark { color: #555; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } svg { max-width: 100%; height: auto; }
+th:first-child, td:first-child { text-align: left; } svg { max-width: 34rem; width: 100%; height: auto; }
+svg.wide { max-width: 100%; }
 """
 
 
@@ -49,7 +50,7 @@ def _environment_section(rows: list[Row]) -> str:
 def _loss_section(rows: list[Row]) -> str:
     if not rows:
         return ""
-    compared = [row for row in rows if row["rule"] != "dense" and row["gap_nats"] is not None]
+    compared = [row for row in rows if _is_compared(row)]
     remark = (
         "Gap: nats a token above dense on the same tokens, ± its standard error over tokens; plots show means over "
         "documents. Attended: share of the context attended exactly by a query head; fetched: unique tokens of a KV "
@@ -77,10 +78,7 @@ def _loss_section(rows: list[Row]) -> str:
             f"{row['fetched']:.2%}",
             f"{row['mean_device_bytes'] / 2**20:,.1f} MiB",
             f"{row['nll']:.4f}",
-            _plus_minus(row["gap_nats"], row["se_nats"]),
-            _plus_minus(row["kl_mean"], row["kl_se"]),
-            _number(row["kl_p99"]),
-            "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.2%}",
+            *(_distances(row) if _is_compared(row) else [""] * 4),
         ]
         for row in rows
     ]
@@ -102,24 +100,10 @@ def _tasks_section(rows: Sequence[Row]) -> str:
     if not scores:
         return ""
     remark = (
-        "Score: mean share of right answers. Of dense: the score over that of dense on the same examples; where dense "
-        "itself scores low it says little."
+        "Mean share of right answers, ± its standard error, and, for a rule, how much of dense's score on the same "
+        "examples it is: where dense itself scores low that says little."
     )
-    columns = ("model", "tokens", "task", "rule", "replies", "score", "all right", "of dense")
-    lines = [
-        [
-            score.model,
-            f"{score.tokens:,}",
-            score.task,
-            f"{score.rule} {score.budget or ''}",
-            str(score.replies),
-            f"{score.score:.3f}" + ("" if score.se is None else f" ± {score.se:.3f}"),
-            f"{score.exact:.3f}",
-            "" if score.of_dense is None else f"{score.of_dense:.1%}",
-        ]
-        for score in sorted(scores, key=lambda s: (s.model, s.tokens, s.task == "all", s.task))
-    ]
-    return f'<p class="remark">{remark}</p>\n{_table(columns, lines)}'
+    return f'<p class="remark">{remark}</p>\n{_table(*task_table(scores))}'
 
 
 def _generation_section(rows: Sequence[Row]) -> str:
@@ -186,9 +170,15 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _is_compared(row: Row) -> bool:
+    return row["rule"] != "dense" and row["gap_nats"] is not None
 
 
-def _plus_minus(value: float | None, error: float | None) -> str:
-    return "" if value is None or error is None else f"{value:+.4f} ± {error:.4f}"
+def _distances(row: Row) -> list[str]:
+    """From dense, of a rule that was compared with it."""
+    gap, kl = _plus_minus(row["gap_nats"], row["se_nats"]), _plus_minus(row["kl_mean"], row["kl_se"])
+    return [gap, kl, f"{row['kl_p99']:.4f}", f"{row['top1_agreement']:.2%}"]
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{value:+.4f} ± {error:.4f}"

@@ -24,13 +24,14 @@ class Results:
         self.folder = folder
         self.rows: list[Row] = [] if folder is None else _read_rows(folder / ROWS)
 
-    def append(self, row: Row) -> None:
-        """Keep a row, at once."""
+    def append(self, row: Row) -> Row:
+        """Keep a row, at once; returns it as it will be read again."""
         line = json.dumps(row, allow_nan=False)
         if self.folder is not None:
             with (self.folder / ROWS).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        self.rows.append(row)
+        self.rows.append(json.loads(line))
+        return self.rows[-1]
 
 
 @contextmanager

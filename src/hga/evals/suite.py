@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +21,7 @@ from hga.evals.exam import answer, end_tokens, make_example, material_of
 from hga.evals.material import Material
 from hga.evals.nll import first_tokens, score_rule
 from hga.evals.results import Results, Row
-from hga.evals.rule import Rule, resolve_rules
+from hga.evals.rule import Rule, check_rules, resolve_rules
 from hga.evals.tasks import LEAST_CONSTANTS
 
 PARTS = ("nll", "tasks", "generate")
@@ -144,16 +144,24 @@ class Suite:
     def __init__(
         self, model: Any, tokenizer: Any, settings: Settings, texts: Mapping[str, str], results: Results
     ) -> None:
-        """texts: the documents by name. ValueError if one is too short for the longest context."""
+        """texts: the documents by name. ValueError if one is too short, or a rule does not work on the model."""
         self._model, self._tokenizer, self._settings, self._results = model, tokenizer, settings, results
         self._texts = texts
         self._ids = functools.cache(self._read_ids)
         self._material = functools.cache(self._read_material)
         self._example = functools.lru_cache(maxsize=1)(self._make_example)
         self._baseline: tuple[Unit, Baseline] | None = None
+        longest = max(settings.tokens)
+        check_rules(model, (settings.rule(name, longest, b) for name in settings.rules for b in settings.budgets))
         if {"nll", "generate"} & set(settings.parts):
             for document in texts:
                 self._ids(document)
+
+    def check_examples(self, units: Iterable[Unit]) -> None:
+        """ValueError if a task of these units does not fit into its context, or its document is too short for it."""
+        for unit in units:
+            if unit.kind == "task" and unit.example == 0 and unit.rule == "dense":
+                self._example(unit.document, unit.task, unit.tokens, 0)
 
     def measure(self, unit: Unit, progress: Callable[[int], object] | None = None) -> Row:
         """Make the row of a unit and keep it among the results. progress is called with the tokens just read."""
@@ -162,8 +170,7 @@ class Suite:
         made = makers[unit.kind](unit, rule, progress)
         row = asdict(unit) | {"model": self._settings.model} | made
         row["budget_tokens"] = None if rule is None else rule.budget_tokens
-        self._results.append(row)
-        return row
+        return self._results.append(row)
 
     def _read_ids(self, document: str) -> Tensor:
         return first_tokens(self._tokenizer, self._texts[document], max(self._settings.tokens)).to(self._model.device)
@@ -258,9 +265,10 @@ def run(
 ) -> int:
     """Measure units in order until all are made, or none is begun any more because `seconds` are over.
 
-    Returns how many are left. at_row is called with each new row.
+    Returns how many are left. at_row is called with each new row. ValueError as `Suite.check_examples`, before any.
     """
     started = time.monotonic()
+    suite.check_examples(units)
     for number, unit in enumerate(units):
         if seconds is not None and time.monotonic() - started > seconds:
             return len(units) - number

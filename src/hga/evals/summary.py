@@ -12,6 +12,7 @@ from typing import TypeVar
 from hga.evals.results import Row
 
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def label(row: Row) -> str:
     return f"{row['rule']} {row['budget']}" if row.get("budget") else str(row["rule"])
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
-    """Rows by key, keys in order of appearance."""
-    groups: dict[Key, list[Row]] = defaultdict(list)
+def grouped(rows: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Rows, or scores, by key; keys in order of appearance."""
+    groups: dict[Key, list[Item]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
     return dict(groups)
@@ -81,6 +82,27 @@ def task_scores(rows: Sequence[Row]) -> list[TaskScore]:
                 )
             )
     return scores
+
+
+def task_table(scores: Sequence[TaskScore]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: a line a model, length and task ("all" last), a column a rule.
+
+    A cell is the score, its standard error, and, for a rule, how much of dense's score it is.
+    """
+    rules = list(dict.fromkeys((score.rule, score.budget) for score in scores))
+    lines: list[list[str]] = []
+    ordered = sorted(scores, key=lambda score: (score.model, score.tokens, score.task == "all", score.task))
+    for (model, tokens, task), part in grouped(ordered, lambda s: (s.model, s.tokens, s.task)).items():
+        cells = {(score.rule, score.budget): _cell(score) for score in part}
+        replies = max(score.replies for score in part)
+        lines.append([f"{model}, {tokens:,}, {task}", str(replies), *(cells.get(rule, "") for rule in rules)])
+    return ["model, tokens, task", "replies", *(f"{name} {budget or ''}".rstrip() for name, budget in rules)], lines
+
+
+def _cell(score: TaskScore) -> str:
+    error = "" if score.se is None else f" ± {score.se:.2f}"
+    share = "" if score.rule == "dense" or score.of_dense is None else f" ({score.of_dense:.0%})"
+    return f"{score.score:.2f}{error}{share}"
 
 
 def mean_gap(rows: Sequence[Row]) -> tuple[float, float]:
