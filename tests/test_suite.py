@@ -274,7 +274,7 @@ def test_tasks_and_generate_show_what_they_found(capsys, folder, texts):
     novel = ["--model", str(folder), "--document", str(texts / "novel.txt"), "--tokens", "1500", "--budget", "1/4"]
     assert main(["eval", "tasks", *novel, "--tasks", "needle,records", "--examples", "1"]) == 0
     shown = capsys.readouterr()
-    for word in ("1,500, needle", "1,500, records", "1,500, all", "dense", "balanced 1/4"):
+    for word in ("1,500", "needle", "records", "of dense", "dense", "balanced 1/4"):
         assert word in shown.out
     assert "novel.txt, 1,500 tokens, balanced 1/4: needle 0: 0.00" in shown.err
     assert main(["eval", "generate", *novel, "--new-tokens", "6", "--sample-tokens", "8", "--json"]) == 0
@@ -340,9 +340,9 @@ def test_scores_are_read_against_dense():
     assert found["own", "code"].se is None
     assert found["own", "all"].of_dense == pytest.approx(3 / 2)
     columns, lines = task_table(list(found.values()))
-    assert columns == ["model, tokens, task", "replies", "dense", "own 1/8"]
-    assert lines[-1][0] == "m, 100, all"
-    assert lines[1][2:] == ["0.62 ± 0.24", "0.67 ± 0.33 (100%)"]
+    assert columns == ["model", "tokens", "rule", "replies", "code", "needle", "all", "of dense"]
+    assert lines[0] == ["m", "100", "dense", "5", "0.00", "0.62 ± 0.24", "0.50 ± 0.22", "100%"]
+    assert lines[1] == ["m", "100", "own 1/8", "4", "1.00", "0.67 ± 0.33", "0.75 ± 0.25", "150%"]
 
 
 def test_mean_gap_of_documents():
