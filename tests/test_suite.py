@@ -136,7 +136,9 @@ def test_a_lost_dense_reading_is_made_again(tmp_path):
         made_suite(results).measure(units[0])
         (path,) = tmp_path.glob("*.safetensors")
         path.unlink()
+        path.with_suffix(".partial").write_bytes(b"killed while it was saved")
         run(made_suite(results), units[1:])
+    assert not list(tmp_path.glob("dense-*"))
     assert measured(read_folder(tmp_path)) == measured(whole.rows)
 
 
@@ -183,6 +185,15 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="holds no rows"):
         read_folder(tmp_path)
+
+
+def test_a_run_killed_at_its_very_beginning_leaves_no_results(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".settings.json").write_text('{"se')
+    with open_results(tmp_path, {"seed": 0}) as results:
+        assert results.rows == []
+    with open_results(tmp_path, {"seed": 0}):
+        pass
 
 
 def test_a_folder_in_use(tmp_path):

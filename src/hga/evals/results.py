@@ -47,7 +47,7 @@ def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[R
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the results")
     kept = folder / SETTINGS
-    if not kept.exists() and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if not kept.exists() and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no results of hga eval; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -59,7 +59,7 @@ def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[R
         if kept.exists():
             _check_settings(folder, settings)
         else:
-            beside = folder / (SETTINGS + ".partial")
+            beside = folder / f".{SETTINGS}"  # with a dot: a run killed here leaves nothing that looks like results
             beside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(beside, kept)
         _drop_unfinished_line(folder / ROWS)
