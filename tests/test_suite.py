@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,18 @@ def test_a_finished_run_loads_no_model(capsys, folder, texts, monkeypatch):
     monkeypatch.setattr("hga.cli.measure.load", None)
     assert main(command(folder, texts, out, *parts)) == 0
     assert "12 of 12 rows are there already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_stretched_positions_have_a_name_of_their_own(capsys, folder, texts):
+    base = ["eval", "run", "--model", str(folder), "--document", str(texts / "novel.txt"), "--suite", "nll"]
+    base += ["--tokens", "2100", "--budget", "1/8", "--rules", "lean", "--json", "--out", str(texts / "out")]
+    assert main(base) == 2
+    assert "--rope-scaling yarn:2" in capsys.readouterr().err
+    shutil.rmtree(texts / "out")
+    assert main([*base, "--rope-scaling", "yarn:2"]) == 0
+    dense, lean = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert dense["model"] == lean["model"] == f"{folder.name} yarn:2"
+    assert (lean["tokens"], lean["budget_tokens"], lean["scored"]) == (2100, 262, 1049)
 
 
 def test_a_run_ends_by_minutes(capsys, folder, texts):
