@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +177,13 @@ def test_a_folder_is_resumed_with_equal_settings_only(tmp_path):
         pass
 
 
+def test_a_folder_without_rows_takes_other_settings(tmp_path):
+    for seed in (0, 1):
+        with open_results(tmp_path, {"seed": seed}):
+            pass
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for path, why in ((tmp_path, "holds no results of hga eval"), (tmp_path / "notes.txt", "is a file")):
@@ -215,6 +221,7 @@ def test_an_unfinished_line_is_dropped_and_a_broken_one_is_named(tmp_path):
         (tmp_path / "rows.jsonl").write_text('{"kind": "nll"}\n' + broken)
         with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"), open_results(tmp_path, {}):
             pass
+    (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"), open_results(tmp_path, {}):
         pass
@@ -281,7 +288,6 @@ def test_stretched_positions_have_a_name_of_their_own(capsys, folder, texts):
     base += ["--tokens", "2100", "--budget", "1/8", "--rules", "lean", "--json", "--out", str(texts / "out")]
     assert main(base) == 2
     assert "--rope-scaling yarn:2" in capsys.readouterr().err
-    shutil.rmtree(texts / "out")
     assert main([*base, "--rope-scaling", "yarn:2"]) == 0
     dense, lean = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert dense["model"] == lean["model"] == f"{folder.name} yarn:2"

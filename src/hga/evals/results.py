@@ -38,8 +38,8 @@ class Results:
 def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Results]:
     """The results of a run with these settings, made or resumed; one process at a time may hold them.
 
-    A last line that a killed run left unfinished is dropped. ValueError if the folder holds something else, was made
-    with other settings (both are named), or is in use.
+    A last line that a killed run left unfinished is dropped. ValueError if the folder holds something else, rows of
+    other settings (both are named), or is in use.
     """
     if folder is None:
         yield Results()
@@ -56,13 +56,13 @@ def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[R
     except Timeout as error:
         raise ValueError(f"{folder} is in use by another run; wait for it, or name another folder") from error
     try:
-        if kept.exists():
+        _drop_unfinished_line(folder / ROWS)
+        if _read_rows(folder / ROWS):
             _check_settings(folder, settings)
         else:
             beside = folder / f".{SETTINGS}"  # with a dot: a run killed here leaves nothing that looks like results
             beside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(beside, kept)
-        _drop_unfinished_line(folder / ROWS)
         yield Results(folder)
     finally:
         lock.release()
