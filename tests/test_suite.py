@@ -222,9 +222,10 @@ def test_an_unfinished_line_is_dropped_and_a_broken_one_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"), open_results(tmp_path, {}):
             pass
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"), open_results(tmp_path, {}):
-        pass
+    for broken, why in (("{", "is not JSON"), ("[]", "holds list instead of an object")):
+        (tmp_path / "settings.json").write_text(broken)
+        with pytest.raises(ValueError, match=why), open_results(tmp_path, {}):
+            pass
 
 
 def test_no_row_with_a_number_that_json_lacks(tmp_path):

@@ -81,6 +81,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / SETTINGS} is not JSON ({error}); name another folder") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / SETTINGS} holds {type(before).__name__} instead of an object; name another folder")
     now = json.loads(json.dumps(settings))
     other = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if other:
