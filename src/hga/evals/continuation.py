@@ -57,6 +57,12 @@ class Drift:
     seconds: float
 
 
+def check_sample(new_tokens: int) -> None:
+    """ValueError for a sample too short to be cut into quarters."""
+    if new_tokens < 8:
+        raise ValueError(f"{new_tokens} sampled tokens cannot be cut into quarters; ask for at least 8")
+
+
 @torch.no_grad()
 def agree(
     model: Any,
@@ -108,8 +114,7 @@ def drift(
 
     ends: tokens that end a text; they are never drawn, so that the text goes on. ValueError below 8 tokens.
     """
-    if new_tokens < 8:
-        raise ValueError(f"{new_tokens} sampled tokens cannot be cut into quarters; ask for at least 8")
+    check_sample(new_tokens)
     started = time.perf_counter()
     generator = torch.Generator(ids.device).manual_seed(seed)
     banned = torch.tensor(sorted(ends or ()), dtype=torch.long, device=ids.device)

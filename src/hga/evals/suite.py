@@ -17,7 +17,7 @@ from torch import Tensor
 from hga import __version__
 from hga.config import HGAConfig
 from hga.evals.baseline import Baseline
-from hga.evals.continuation import agree, drift
+from hga.evals.continuation import agree, check_sample, drift
 from hga.evals.exam import answer, end_tokens, make_example, material_of
 from hga.evals.material import Material
 from hga.evals.nll import first_tokens, score_rule
@@ -133,6 +133,8 @@ def _plan_part(settings: Settings, part: str, tokens: int, sources: set[str]) ->
             f"--tokens {tokens} leave no prompt before {settings.written_tokens} written tokens; raise --tokens, or "
             "lower --new-tokens and --sample-tokens"
         )
+    if part == "generate" and settings.sample_tokens:
+        check_sample(settings.sample_tokens)
     for document in settings.documents:
         yield from (Unit("nll" if part == "nll" else "agreement", document, tokens, *rule) for rule in under)
         if part == "generate" and settings.sample_tokens:
