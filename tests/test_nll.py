@@ -295,8 +295,9 @@ def test_all_positions_can_be_scored_and_buckets_add_up(model, ids, monkeypatch)
 def test_device_bytes_are_averaged_over_the_scored_positions(model, ids):
     dense, routed = evaluate_nll(model, ids, {"dense": None, **own_rule(64)}, block_tokens=64)
     token_bytes = dense.device_bytes / 511
-    # A block counts with what the cache holds at its end: 320, 384, 448 and 511 tokens.
-    assert dense.mean_device_bytes == pytest.approx(token_bytes * (64 * (320 + 384 + 448) + 63 * 511) / 255)
+    # Blocks of 64, 64, 64 and 63 from position 256 on, each with the mean of its ends.
+    expected = token_bytes * (64 * (288 + 352 + 416) + 63 * 479.5) / 255
+    assert dense.mean_device_bytes == pytest.approx(expected)
     assert 0 < routed.mean_device_bytes < routed.device_bytes
 
 

@@ -195,7 +195,7 @@ def score_rule(
             cache,
             score_from=first,
             block_tokens=block_tokens,
-            at_scoring=functools.partial(reset_counters, cache),
+            at_scoring=notes.begin,
             at_logits=notes.take,
             progress=progress,
         ).cpu()
@@ -233,16 +233,25 @@ class _Notes:
         """inputs: of the output layer, where this is the dense reading."""
         self._model, self._cache, self._inputs, self._baseline = model, cache, inputs, baseline
         self._scored = 0
-        self.token_bytes = 0
+        self._bytes_before = 0
+        self.token_bytes = 0.0
         self.hidden: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.same: list[Tensor] = []
+
+    def begin(self) -> None:
+        """From here on positions are scored."""
+        reset_counters(self._cache)
+        self._bytes_before = held_bytes(self._cache)["device_bytes"]
 
     def take(self, logits: Tensor) -> None:
         """Note a scored block, from its logits (T, V)."""
         start, count = self._scored, logits.shape[0]
         self._scored += count
-        self.token_bytes += held_bytes(self._cache)["device_bytes"] * count
+        # What is held grows through a block: its tokens count with the mean of both ends.
+        bytes_after = held_bytes(self._cache)["device_bytes"]
+        self.token_bytes += (self._bytes_before + bytes_after) / 2 * count
+        self._bytes_before = bytes_after
         if self._inputs is not None:
             hidden = self._inputs.pop()
             self._inputs.clear()
