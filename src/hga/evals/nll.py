@@ -241,8 +241,9 @@ class _Notes:
 
     def begin(self) -> None:
         """From here on positions are scored."""
+        if self._cache.get_seq_length():
+            self._bytes_before = held_bytes(self._cache)["device_bytes"]
         reset_counters(self._cache)
-        self._bytes_before = held_bytes(self._cache)["device_bytes"]
 
     def take(self, logits: Tensor) -> None:
         """Note a scored block, from its logits (T, V)."""
