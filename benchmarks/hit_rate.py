@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hga
 from hga.cache.archive import Archive
-from hga.cache.families import cache_argument
+from hga.integrations.transformers.forward import forward_with_cache
 
 SIZES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -76,13 +76,13 @@ def main() -> None:
     for name in options.presets.split(","):
         config = hga.HGAConfig.preset(name, budget_tokens=int(options.budget * options.tokens), prefill="exact")
         cache = hga.HGACache(config=model.config, hga_config=config)
-        argument, recorder = cache_argument(model), Recorder()
+        recorder = Recorder()
         with hga.enabled(model, config):
-            model(ids[:, : -options.new_tokens], logits_to_keep=1, **{argument: cache})
+            forward_with_cache(model, ids[:, : -options.new_tokens], cache)
             Archive.fetch = lambda self, places, recorder=recorder: recorder.fetch(self, places)
             try:
                 for token in ids[:, -options.new_tokens :].split(1, 1):
-                    model(token, **{argument: cache})
+                    forward_with_cache(model, token, cache)
             finally:
                 Archive.fetch = recorder._fetch
         rates = {}

@@ -31,9 +31,10 @@ from transformers import (
 import hga
 from hga import HGACache, HGAConfig
 from hga.cache import HGALayer
-from hga.cache.families import cache_argument, routed_layers
+from hga.cache.families import routed_layers
 from hga.config import PRESETS
 from hga.integrations.transformers.attention import hga_attention
+from hga.integrations.transformers.forward import cache_argument
 
 CONFIG = HGAConfig(
     chunk_size=32,

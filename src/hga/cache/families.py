@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import DynamicCache
@@ -35,11 +34,6 @@ _REFUSED = {
     "doge": "its dynamic mask attention scores keys by itself",
     "gemma3": "it takes images; load the text model alone (AutoModelForCausalLM, Gemma3ForCausalLM)",
 }
-
-
-def cache_argument(model: Any) -> str:
-    """The name by which a model's forward takes its cache: "cache" from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def check_model_config(config: Any) -> None:

@@ -97,7 +97,8 @@ def _measure_one(
     new_tokens: int,
     progress: Callable[[int], object],
 ) -> tuple[Reading, Tensor]:
-    from hga.evals.nll import held_bytes, paired_gap, read
+    from hga.evals.nll import paired_gap, read
+    from hga.evals.rule import held_bytes
 
     routing = getattr(cache, "hga_config", None)
     started = time.perf_counter()
@@ -136,13 +137,13 @@ def _decode(
     """Continue greedily from `token` (1, 1): the tokens, and tokens a second behind the first one."""
     import torch
 
-    from hga.cache.families import cache_argument
+    from hga.integrations.transformers.forward import forward_with_cache
 
     written: list[int] = []
-    started, argument = 0.0, cache_argument(model)
+    started = 0.0
     with torch.no_grad():
         for _ in range(count):
-            logits = model(token, use_cache=True, **{argument: cache}).logits
+            logits = forward_with_cache(model, token, cache).logits
             token = logits[:, -1:].argmax(-1)
             written.append(int(token))
             progress(1)

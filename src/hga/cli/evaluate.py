@@ -1,14 +1,14 @@
-"""`hga eval`: what routing loses on a document."""
+"""`hga eval`: what routing loses on a document; `nll` is here, the suite in `suite.py`."""
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, read_text
+from hga.cli import suite
+from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
 from hga.cli.output import console, emit, in_bytes, table, token_progress
 from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from hga.evals.nll import RuleScore
 
 app = typer.Typer()
+
+
+app.command("tasks")(suite.tasks)
+app.command("generate")(suite.generate)
+app.command("run")(suite.run)
+app.command("report")(suite.report)
 
 
 @app.callback()
@@ -36,6 +42,7 @@ def nll(
         str | None,
         typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125."),
     ] = None,
+    score: Annotated[str, typer.Option("--score", help="Positions to score: half (the second) or all.")] = "half",
     config: Annotated[
         list[Path] | None,
         typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
@@ -47,9 +54,11 @@ def nll(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Score the second half of a document under each rule: one row a rule, with the gap to dense attention.
+    """Score the second half of a document under each rule: one row a rule, with the distance from dense attention.
 
-    Every token is scored under teacher forcing through the real cache, routed from the first token on.
+    Every token is scored under teacher forcing through the real cache, routed from the first token on. gap: nats a
+    token above dense; KL: of what each would write next, dense || rule; top-1: how often the likeliest token is the
+    same. JSON rows have the losses by position too.
 
     Example: hga eval nll --document book.txt --tokens 8192 --rules dense,paper,balanced --budget 1/6
     """
@@ -57,9 +66,12 @@ def nll(
     names = [name.strip() for name in rules.split(",") if name.strip()] + [n for n in own if n not in rules.split(",")]
     text = read_text(document)
     share = None if budget is None else parse_share(budget)
-    if tokens < 4:
-        raise ValueError(f"--tokens {tokens} must be at least 4, so that there is a second half to score")
-    from hga.evals.nll import evaluate_nll, first_tokens, resolve_rules
+    if tokens < 5:
+        raise ValueError(f"--tokens {tokens} must be at least 5, so that there is a second half to score")
+    if score not in ("half", "all"):
+        raise ValueError(f"--score {score} must be half or all")
+    from hga.evals.nll import evaluate_nll, first_tokens
+    from hga.evals.rule import resolve_rules
 
     resolved = resolve_rules(names, tokens, share, own)
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
@@ -68,25 +80,23 @@ def nll(
     scores: list[RuleScore] = []
     with token_progress() as progress:
         tasks = {rule: progress.add_task(rule, total=tokens - 1) for rule in resolved}
-        for score in evaluate_nll(loaded, ids, resolved, progress=lambda rule, n: progress.advance(tasks[rule], n)):
-            scores.append(score)
+        for made in evaluate_nll(
+            loaded,
+            ids,
+            resolved,
+            score_from=0 if score == "all" else None,
+            progress=lambda rule, n: progress.advance(tasks[rule], n),
+        ):
+            scores.append(made)
             if json:
-                emit({"model": model, "document": document.name} | score.row())
+                emit({"kind": "nll", "model": model, "document": document.name, "budget": budget} | made.row())
     if not json:
         _show(document.name, tokens, scores)
 
 
-def parse_share(text: str) -> float:
-    """Read 1/32 or 0.03125. ValueError for another form."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--budget {text!r} must be a share of the context such as 1/32 or 0.03125") from error
-
-
 def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:
-    console.print(f"{document}, {tokens:,} tokens, means over the second half", style="bold")
-    columns = ("rule", "budget", "attended", "fetched", "nll", "gap", "± se", "on device", "store", "seconds")
+    console.print(f"{document}, {tokens:,} tokens, means over the last {scores[0].scored:,}", style="bold")
+    columns = ("rule", "budget", "attended", "fetched", "nll", "gap", "± se", "KL", "top-1", "beside model", "s")
     shown = table(*columns)
     for score in scores:
         gap = ("", "") if score.gap_nats is None else (f"{score.gap_nats:+.4f}", f"{score.se_nats:.4f}")
@@ -97,8 +107,9 @@ def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:
             f"{score.fetched:.1%}",
             f"{score.nll:.4f}",
             *gap,
-            in_bytes(score.device_bytes),
-            in_bytes(score.store_bytes),
+            "" if score.kl_mean is None else f"{score.kl_mean:.4f}",
+            "" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
+            in_bytes(score.mean_device_bytes),
             f"{score.seconds:.0f}",
         )
     console.print(shown)

@@ -166,14 +166,14 @@ def read_prompt(model: Any, ids: Tensor, cache: Any, first: int, last: int) -> N
     """Feed tokens `first` to `last` of a prompt (1, T), with a progress bar; generate takes it from there."""
     import torch
 
-    from hga.cache.families import cache_argument
+    from hga.integrations.transformers.forward import forward_with_cache
 
-    block, argument = cache.hga_config.block_tokens, cache_argument(model)
+    block = cache.hga_config.block_tokens
     with torch.no_grad(), token_progress() as progress:
         task = progress.add_task("reading", total=last - first)
         for start in range(first, last, block):
             part = ids[:, start : min(start + block, last)]
-            model(part, use_cache=True, logits_to_keep=1, **{argument: cache})
+            forward_with_cache(model, part, cache)
             progress.advance(task, part.shape[1])
 
 
@@ -182,7 +182,7 @@ def _write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, count: int, *, s
     import torch
     from transformers import TextStreamer
 
-    from hga.cache.families import cache_argument
+    from hga.integrations.transformers.forward import cache_argument
 
     written = model.generate(
         ids,

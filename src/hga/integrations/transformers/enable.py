@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hga.cache import HGACache
-from hga.cache.families import cache_argument, check_model_config, routed_layers
+from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
+from hga.integrations.transformers.forward import cache_argument
 from hga.integrations.transformers.step import Stepper
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -1,0 +1,19 @@
+"""A model's forward with a cache, by whatever name this version of transformers calls it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+
+def cache_argument(model: Any) -> str:
+    """The name by which a model's forward takes its cache: "cache" from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def forward_with_cache(model: Any, ids: Tensor, cache: DynamicCache, logits_to_keep: int = 1) -> Any:
+    """The model's output for tokens (B, T) that follow those of its cache; logits of the last ones, of all for 0."""
+    return model(ids, use_cache=True, logits_to_keep=logits_to_keep, **{cache_argument(model): cache})
