@@ -11,7 +11,6 @@ A variant is a base (`BASES`, a preset, or a peer's rule) with changes of fields
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import platform
@@ -44,11 +43,14 @@ _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 class Variant(SimulatedRule):
     """HGA's rule with more choices than `HGAConfig` has.
 
-    key_code, value_code: how summaries are kept. "exact"; "fp8": a scale a row; "c4" to "c1": that many bits, with a
-    mean and a step a channel and chunk. value_size: tokens of a mean value (a multiple of group_size; None: none).
+    key_code, value_code: how summaries are kept. "exact"; "fp8": a scale a row; else a letter and the bits of a
+    number, beside a mean a channel and chunk: "c" a step a channel and chunk; "m" a step a row; "r" both; "h" a step a
+    row, channels mixed by a Hadamard matrix; "t" as "h", the difference to the mean of 16 tokens, itself "h4".
+    value_size: tokens of a mean value (a multiple of group_size).
     vote: how the R heads of a KV head agree: "local" adds softmax masses over the candidates, as hga does;
     "global" adds shares of the whole attention, sink and window included; "max" takes the largest of those;
-    "head": each head chooses for itself. pool: "layer" lets the KV heads of a layer share one budget.
+    "turns": heads name their best in turn; "head": each head chooses for itself. pool: "layer" lets the KV heads of a
+    layer share one budget.
     gain: what a group is chosen by: "mass", or mass times the spread of its "key"s, "value"s or "both"; one more
     byte a group each. lift: the far field's mass is raised by half the variance of its logits, as the spread of keys
     tells it, at most this many nats. node_size, overselection: two levels, as in HGAConfig.
@@ -59,7 +61,7 @@ class Variant(SimulatedRule):
     window_tokens: int = 64
     chunk_size: int = 256
     group_size: int = 4
-    value_size: int | None = 4
+    value_size: int = 4
     key_code: str = "fp8"
     value_code: str = "fp8"
     vote: str = "local"
@@ -70,15 +72,20 @@ class Variant(SimulatedRule):
     overselection: int = 0
     far_field: bool = True
 
-    def metadata_share(self, width: int) -> float:
+    def metadata_share(self, width: int, tokens: int) -> float:
+        """Key, value and node summaries, and spreads."""
+
         def row(code: str) -> float:
-            return {"exact": 2.0 * width, "fp8": width + 2.0}.get(code) or width * int(code[1:]) / 8
+            scale = 0 if code[0] == "c" else 1
+            return {"exact": 2.0 * width, "fp8": width + 2.0}.get(code) or width * int(code[1:]) / 8 + scale
 
         def unit(code: str, size: int) -> float:
-            return row(code) / size + (4 * width / self.chunk_size if code[0] == "c" else 0)
+            beside = {"c": 4 * width, "r": 4 * width, "m": 2 * width, "h": 2 * width, "t": 2 * width}.get(code[0], 0)
+            node = row("h4") / 16 if code[0] == "t" else 0
+            return row(code) / size + beside / self.chunk_size + node
 
         total = unit(self.key_code, self.group_size)
-        total += unit(self.value_code, self.value_size) if self.value_size and self.far_field else 0
+        total += unit(self.value_code, self.value_size) if self.far_field else 0
         total += unit(self.key_code, self.node_size) if self.node_size else 0
         spreads = {"mass": 0, "both": 2}.get(self.gain, 1)
         if self.lift and self.gain not in ("key", "both"):
@@ -86,6 +93,7 @@ class Variant(SimulatedRule):
         return (total + spreads / self.group_size) / (4 * width)
 
     def attend(self, tile: Tile) -> Attended:
+        """Route one tile."""
         size, sink = self.group_size, self.sink_tokens
         chunks = max(0, (tile.start - self.window_tokens - sink) // self.chunk_size)
         closed = chunks * self.chunk_size
@@ -126,8 +134,6 @@ class Variant(SimulatedRule):
         if not self.far_field:
             return tile.attend(exact)
         far = (lifted + math.log(size)).masked_fill(~candidates | opened, NEVER)
-        if self.value_size is None:
-            raise ValueError("a far field needs values")
         whole = self._rows(tile, "value", self.value_size, self.value_code, chunks, pending[:0])
         values = [whole.repeat_interleave(self.value_size // size, 1), mean_rows(tile.value[:, pending], size)]
         if node_scores is not None:
@@ -159,7 +165,7 @@ class Variant(SimulatedRule):
         if keep is None:
             keep = (self.budget_tokens - self.sink_tokens - self.window_tokens) // self.group_size
         allowed = gains > NEVER
-        heads, _, queries, count = gains.shape
+        heads, count = gains.shape[0], gains.shape[3]
         if self.vote == "local" or near is None:
             total = torch.logsumexp(gains, -1, keepdim=True)
         else:
@@ -171,6 +177,10 @@ class Variant(SimulatedRule):
             mass, allowed = mass.sum(1, keepdim=True), allowed[:, :1]
         elif self.vote == "max":
             mass, allowed = mass.amax(1, keepdim=True), allowed[:, :1]
+        elif self.vote == "turns":
+            ranks = mass.argsort(-1, descending=True).argsort(-1) * mass.shape[1]
+            named = (ranks + torch.arange(mass.shape[1], device=mass.device)[:, None, None]).amin(1, keepdim=True)
+            mass, allowed = 1 / (1.0 + named), allowed[:, :1]
         mass = mass.masked_fill(~allowed, -1.0)
         chosen = torch.zeros_like(allowed)
         if self.pool == "layer" and near is not None:
@@ -198,7 +208,7 @@ class Variant(SimulatedRule):
         """Means of every `size` tokens, closed ones as they are kept: (H, units, D)."""
 
         def make(a: int, b: int) -> Tensor:
-            return recode(mean_rows(self._sorted(tile, name, a, b), size), code)
+            return recode(mean_rows(self._sorted(tile, name, a, b), size), code, size)
 
         made = tile.once(f"{name} {size}", chunks, make).flatten(1, 2)
         return torch.cat([made, mean_rows(getattr(tile, name)[:, pending], size)], 1)
@@ -217,18 +227,51 @@ class Variant(SimulatedRule):
         return torch.cat([made, of(getattr(tile, name)[:, pending])], 1)
 
 
-def recode(rows: Tensor, code: str) -> Tensor:
-    """Rows of chunks (H, chunks, n, D) as they come back from `code`."""
+def recode(rows: Tensor, code: str, size: int) -> Tensor:
+    """Rows of chunks (H, chunks, n, D), means of `size` tokens each, as they come back from `code`."""
     if code == "exact":
         return rows
     if code == "fp8":
         return decode_rows(encode_rows(rows, torch.float8_e4m3fn), rows.dtype)
-    bits = int(code[1:])
-    middle = rows.mean(2, keepdim=True).bfloat16().to(rows.dtype)
-    step = (rows.std(2, keepdim=True, correction=0) * _STEPS[bits]).clamp(min=1e-8).bfloat16().to(rows.dtype)
-    half = 1 << (bits - 1)
-    level = ((rows - middle) / step).floor().clamp(-half, half - 1)
-    return middle + (level + 0.5) * step
+    kind, bits = code[0], int(code[1:])
+    middle = _rounded(rows.mean(2, keepdim=True))
+    rest = rows - middle
+    if kind == "c":
+        return middle + _levels(rest, _spread_along(rest, 2), bits)
+    if kind == "r":
+        channel = _spread_along(rest, 2)
+        return middle + _levels(rest / channel, _spread_along(rest / channel, -1), bits) * channel
+    if kind == "m":
+        return middle + _levels(rest, _spread_along(rest, -1), bits)
+    mix = _hadamard(rows.shape[-1], rows)
+    rest = rest @ mix
+    node = torch.zeros_like(rest)
+    if kind == "t":
+        means = rest.unflatten(2, (-1, 16 // size)).mean(3)
+        node = _levels(means, _spread_along(means, -1), 4).repeat_interleave(16 // size, 2)
+        rest = rest - node
+    return middle + (node + _levels(rest, _spread_along(rest, -1), bits)) @ mix.mT
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+def _spread_along(rows: Tensor, dim: int) -> Tensor:
+    return _rounded(rows.square().mean(dim, keepdim=True).sqrt().clamp(min=1e-8))
+
+
+def _levels(rows: Tensor, spread: Tensor, bits: int) -> Tensor:
+    """Rows at the nearest of 2**bits levels around 0, for a normal variable of this spread."""
+    step, half = spread * _STEPS[bits], 1 << (bits - 1)
+    return ((rows / step).floor().clamp(-half, half - 1) + 0.5) * step
+
+
+def _hadamard(width: int, like: Tensor) -> Tensor:
+    matrix = like.new_ones(1, 1)
+    while matrix.shape[0] < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / width**0.5
 
 
 BASES: dict[str, dict[str, Any]] = {
@@ -270,6 +313,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--skip", type=int, default=0, help="characters of each document to leave out first")
     parser.add_argument("--errors", action="store_true")
+    parser.add_argument("--queries", type=int, default=256, help="sampled queries of --errors")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gguf = {"gguf_file": options.gguf_file} if options.gguf_file else {}
@@ -292,15 +336,15 @@ def main() -> None:
             "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
         }
         if options.errors:
-            _show_errors(model, ids, rules, where)
+            _show_errors(model, ids, rules, where, options.queries)
         else:
             _show_losses(model, ids, rules, where)
 
 
-def _show_errors(model: Any, ids: Tensor, rules: dict[str, Any], where: dict[str, Any]) -> None:
+def _show_errors(model: Any, ids: Tensor, rules: dict[str, Any], where: dict[str, Any], queries: int) -> None:
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     started = time.perf_counter()
-    for name, found in zip(rules, measure_recall(model, ids, rules, queries=256), strict=True):
+    for name, found in zip(rules, measure_recall(model, ids, rules, queries=queries), strict=True):
         row = where | {
             "rule": name,
             "error": found.layer_error.mean().item(),
@@ -310,7 +354,7 @@ def _show_errors(model: Any, ids: Tensor, rules: dict[str, Any], where: dict[str
             "fetched": found.fetched,
         }
         if isinstance(rules[name], SimulatedRule):
-            row["summary_share"] = rules[name].metadata_share(width)
+            row["summary_share"] = rules[name].metadata_share(width, ids.shape[1])
         print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     print(json.dumps({"seconds": round(time.perf_counter() - started, 1)}), flush=True)
 

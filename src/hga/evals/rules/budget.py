@@ -20,18 +20,18 @@ class BudgetedRule(SimulatedRule):
     All rules get the sink and the window of `HGAConfig`'s defaults, so that what differs is the selection.
     selection: "shared": the R query heads of a KV head add their softmax masses and make one choice: attended
     and fetched tokens are equal. "per_head": each makes its own within the budget (equal attended tokens; more
-    are fetched). "union": each makes its own, and the union over R keeps to the budget (equal fetched tokens;
-    fewer are attended). ValueError for a budget that does not hold sink and window.
+    are fetched). "in_turn": the heads name their next best in turn until the budget is full, and all attend to what
+    any named: equal fetched tokens. ValueError for a budget that does not hold sink and window.
     """
 
     budget_tokens: int
     sink_tokens: int = 16
     window_tokens: int = 64
-    selection: Literal["shared", "per_head", "union"] = "shared"
+    selection: Literal["shared", "per_head", "in_turn"] = "shared"
 
     def __post_init__(self) -> None:
-        if self.selection not in ("shared", "per_head", "union"):
-            raise ValueError(f"selection={self.selection!r} must be one of shared, per_head, union")
+        if self.selection not in ("shared", "per_head", "in_turn"):
+            raise ValueError(f"selection={self.selection!r} must be one of shared, per_head, in_turn")
         if self.budget_tokens < self.sink_tokens + self.window_tokens:
             raise ValueError(
                 f"budget_tokens={self.budget_tokens} must be at least {self.sink_tokens + self.window_tokens} = sink "
@@ -65,20 +65,20 @@ class BudgetedRule(SimulatedRule):
 
     def rows(self, x: Tensor, first: int, last: int, unit: int) -> Tensor:
         """Rows (H, N, D) of units first to last - 1: (H, last - first, unit, D)."""
-        return x[:, self.sink_tokens + first * unit : self.sink_tokens + last * unit].unflatten(1, (-1, unit))
+        here = x[:, self.sink_tokens + first * unit : self.sink_tokens + last * unit]
+        return here.view(here.shape[0], last - first, unit, here.shape[2])
 
     def choose(self, scores: Tensor, keep: int) -> Tensor:
         """Mark the best units of scores (H, R, M, K), -inf where barred: bool (H, R', M, K)."""
-        if self.selection != "union":
+        if self.selection != "in_turn":
             return choose(scores, keep, self.selection)
-        allowed = scores > NEVER
-        if keep >= scores.shape[-1]:
-            return allowed
-        ranks = scores.argsort(-1, descending=True, stable=True).argsort(-1)
-        # A unit joins the union when the first of the R heads reaches it: all heads go down their lists in step.
-        joined = ranks.masked_fill(~allowed, scores.shape[-1]).amin(1, keepdim=True)
-        limit = joined.kthvalue(keep + 1, -1, keepdim=True).values
-        return (ranks < limit) & allowed
+        allowed, repeats = scores > NEVER, scores.shape[1]
+        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        head = torch.arange(repeats, device=ranks.device)[:, None, None]
+        turns = (ranks * repeats + head).amin(1, keepdim=True)  # the turn in which a unit is first named
+        chosen = torch.zeros_like(allowed[:, :1])
+        chosen.scatter_(-1, turns.topk(min(keep, turns.shape[-1]), -1, largest=False).indices, True)
+        return chosen & allowed[:, :1]
 
     def expand(self, tile: Tile, chosen: Tensor, unit: int) -> Tensor:
         """Units (H, R', M, K) as tokens: bool (H, R', M, N)."""

@@ -28,7 +28,7 @@ class RoutedRule(SimulatedRule):
         """The rule of a config."""
         return cls(config=config, budget_tokens=config.budget_tokens)
 
-    def metadata_share(self, width: int) -> float:
+    def metadata_share(self, width: int, tokens: int) -> float:
         """Summaries beside 16-bit K/V, as `HGAConfig.summary_dtype` keeps them there."""
         config = self.config
         row = row_bytes(width, resolve_summary_dtype(config.summary_dtype, torch.bfloat16))
@@ -89,22 +89,21 @@ class RoutedRule(SimulatedRule):
         """Token ids of chunks first to last - 1 in their order: (H, chunks, C)."""
         chunk = self.config.chunk_size
         starts = self.config.sink_tokens + torch.arange(first, last, device=tile.key.device) * chunk
-        if self.config.ordering == "content":
-            inside = content_order(
-                *(self._chunks(tile, x, first, last) for x in (tile.key, tile.value)), self.config.group_size
-            )
+        if self.config.ordering == "content" and last > first:
+            keys, values = self._chunks(tile.key, first, last), self._chunks(tile.value, first, last)
+            inside = content_order(keys, values, self.config.group_size)
         else:
             inside = torch.arange(chunk, device=tile.key.device).expand(tile.key.shape[0], last - first, -1)
         return inside + starts[:, None]
 
-    def _chunks(self, tile: Tile, x: Tensor, first: int, last: int) -> Tensor:
+    def _chunks(self, x: Tensor, first: int, last: int) -> Tensor:
         sink, chunk = self.config.sink_tokens, self.config.chunk_size
-        return x[:, sink + first * chunk : sink + last * chunk].unflatten(1, (-1, chunk))
+        return x[:, sink + first * chunk : sink + last * chunk].view(x.shape[0], last - first, chunk, x.shape[2])
 
     def _sorted(self, tile: Tile, x: Tensor, first: int, last: int) -> Tensor:
         """Rows of x in the chunks' order (H, chunks, C, D)."""
         index = tile.notes["order"][:, first:last].flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-        return x.gather(1, index).unflatten(1, (-1, self.config.chunk_size))
+        return x.gather(1, index).view(x.shape[0], last - first, self.config.chunk_size, x.shape[2])
 
     def _encoded(self, tile: Tile, rows: Tensor) -> Tensor:
         stored = resolve_summary_dtype(self.config.summary_dtype, torch.bfloat16)

@@ -65,10 +65,10 @@ class SimulatedCache(DynamicCache):
         if not self._queries:
             raise ValueError("no query was counted yet; let the model read first")
         attended, fetched, estimated = (self._sums / self._queries).tolist()
-        layers = [self.layers[index] for index in self.notes]
-        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        share = self._rule.metadata_share(layers[0].keys.shape[-1])
-        length = layers[0].keys.shape[2]
+        layers: list[Any] = [self.layers[index] for index in self.notes]
+        stored = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
+        length, width = layers[0].keys.shape[2:]
+        share = self._rule.metadata_share(width, length)
         working = 0 if self._rule.budget_tokens is None else min(length, self._rule.budget_tokens) * stored // length
         kept = 0 if self._rule.budget_tokens is None else stored
         return SimulatedStats(attended, fetched, estimated, int(share * stored) + working, kept, share)
@@ -87,8 +87,8 @@ class SimulatedRule:
         """The rule on one tile, strictly causal unless the rule says otherwise."""
         raise NotImplementedError
 
-    def metadata_share(self, width: int) -> float:
-        """Bytes kept on the GPU beside K/V, over bytes of 16-bit K/V; `width` numbers a key."""
+    def metadata_share(self, width: int, tokens: int) -> float:
+        """Bytes kept on the GPU beside K/V, over bytes of 16-bit K/V; `width` numbers a key, `tokens` tokens."""
         raise NotImplementedError
 
     @contextmanager
@@ -141,7 +141,8 @@ def rule_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function "hga_rule": query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
     if not is_routed(module.layer_idx, key, attention_mask, kwargs):
-        return hga_attention(module, query, key, value, attention_mask, **kwargs)
+        dense: tuple[Tensor, Tensor | None] = hga_attention(module, query, key, value, attention_mask, **kwargs)
+        return dense
     outputs = []
     notes = cache.notes.setdefault(module.layer_idx, {})
     for tile in tiles_of(module, query, key, value, notes, **kwargs):
