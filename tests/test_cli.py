@@ -209,7 +209,7 @@ def test_eval_nll_refuses(capsys, folder, document, tmp_path):
     assert "share of the context" in refused(capsys, *base, document, "--budget", "3/2")
     assert "1/32 or 0.03125" in refused(capsys, *base, document, "--budget", "1/0")
     assert "--rope-scaling yarn:2" in refused(capsys, *base, document, "--tokens", 4096)
-    assert "at least 4" in refused(capsys, *base, document, "--tokens", 2)
+    assert "at least 5" in refused(capsys, *base, document, "--tokens", 2)
     assert "no rule" in refused(capsys, *base, document, "--rules", ",")
     bad = tmp_path / "bad.json"
     bad.write_text('{"colour": 1}')

@@ -1,5 +1,7 @@
 """The evaluation: its losses are those of the model, its routed path that of decoding."""
 
+import json
+import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import hga
-from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read
+from hga.evals import nll
+from hga.evals.baseline import Baseline, check_logits, divergence, logits_of, output_layer_inputs
+from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read, score_rule
 from hga.evals.rule import open_rule, resolve_rules
 
 SMALL = {
@@ -218,3 +222,95 @@ def test_open_rule_gives_the_model_back_after_an_error(model):
         with pytest.raises(KeyError), open_rule(model, rule):
             raise KeyError
         assert model.config._attn_implementation == "sdpa"
+
+
+# ---- distance from dense ------------------------------------------------------------------------------
+
+
+def all_logits(model, ids, config=None):
+    with torch.no_grad():
+        if config is None:
+            return model(ids).logits[0]
+        with hga.enabled(model, config):
+            return model(ids, past_key_values=hga.HGACache(config=model.config, hga_config=config)).logits[0]
+
+
+def test_divergence_is_that_of_the_whole_logits(model, ids):
+    rule = own_rule(64)
+    dense, score = evaluate_nll(model, ids, {"dense": None, **rule}, block_tokens=100)
+    p, q = (all_logits(model, ids, config)[256:-1].log_softmax(-1) for config in (None, rule["own"]))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert score.kl_mean == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert score.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
+    assert score.kl_se == pytest.approx(kl.std().item() / 255**0.5, rel=1e-4)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert score.top1_agreement == pytest.approx(same)
+    assert same < 1
+    assert (dense.kl_mean, dense.kl_se, dense.kl_p99, dense.top1_agreement) == (0, 0, 0, 1)
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]).log(), torch.tensor([[0.25, 0.5, 0.25]] * 2).log()
+    kl, same = divergence(p + 3, q - 1)
+    torch.testing.assert_close(kl[0].item(), 0.25 * math.log(2))
+    torch.testing.assert_close(kl[1].item(), 0.9 * math.log(3.6) + 0.05 * math.log(0.1) + 0.05 * math.log(0.2))
+    assert same.tolist() == [False, False]
+
+
+def test_soft_capped_logits_are_recomputed():
+    from families import build
+
+    capped, ids = build("gemma2"), torch.arange(40)[None] % 60
+    assert capped.config.final_logit_softcapping
+    with torch.no_grad(), output_layer_inputs(capped) as inputs:
+        logits = capped(ids).logits[0]
+    torch.testing.assert_close(logits_of(capped, inputs[0]), logits)
+    with pytest.raises(ValueError, match="dense logits cannot be recomputed"):
+        check_logits(capped, inputs[0], 2 * logits)
+
+
+def test_all_positions_can_be_scored_and_buckets_add_up(model, ids, monkeypatch):
+    monkeypatch.setattr(nll, "BUCKET_EDGES", (0, 100, 300, 400, 510, 1000))
+    rules = {"dense": None, **own_rule(64)}
+    (_, half), (dense, score) = (list(evaluate_nll(model, ids, rules, score_from=first)) for first in (None, 0))
+    torch.testing.assert_close(score.losses[256:], half.losses)
+    assert (half.scored, score.scored) == (255, 511)
+    assert [(b.from_tokens, b.scored) for b in score.buckets] == [
+        (0, 100),
+        (100, 200),
+        (300, 100),
+        (400, 110),
+        (510, 1),
+    ]
+    assert [(b.from_tokens, b.scored) for b in half.buckets] == [(100, 44), (300, 100), (400, 110), (510, 1)]
+    for score_field in ("nll", "gap_nats", "kl_mean"):
+        total = sum(getattr(b, score_field) * b.scored for b in score.buckets) / 511
+        assert total == pytest.approx(getattr(score, score_field), abs=1e-6)
+    second = score.buckets[1]
+    assert (second.gap_nats, second.se_nats) == paired_gap(score.losses[100:300], dense.losses[100:300])
+    assert score.buckets[-1].se_nats is None
+    assert json.dumps(score.row(), allow_nan=False)
+
+
+def test_device_bytes_are_averaged_over_the_scored_positions(model, ids):
+    dense, routed = evaluate_nll(model, ids, {"dense": None, **own_rule(64)}, block_tokens=64)
+    token_bytes = dense.device_bytes / 511
+    # A block counts with what the cache holds at its end: 320, 384, 448 and 511 tokens.
+    assert dense.mean_device_bytes == pytest.approx(token_bytes * (64 * (320 + 384 + 448) + 63 * 511) / 255)
+    assert 0 < routed.mean_device_bytes < routed.device_bytes
+
+
+def test_a_baseline_on_disk_is_the_same(model, ids, tmp_path):
+    _, baseline = score_rule(model, ids, "dense", None, None)
+    path = tmp_path / "baseline.safetensors"
+    baseline.save(path)
+    config = own_rule(64)["own"]
+    fresh, _ = score_rule(model, ids, "own", config, baseline)
+    resumed, _ = score_rule(model, ids, "own", config, Baseline.load(path))
+    assert fresh.row() | {"seconds": 0} == resumed.row() | {"seconds": 0}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no dense reading"):
+        Baseline.load(path)
+    with pytest.raises(ValueError, match="scored 255 tokens, this one 100"):
+        score_rule(model, ids, "own", config, baseline, score_from=411)

@@ -57,8 +57,8 @@ def nll(
     names = [name.strip() for name in rules.split(",") if name.strip()] + [n for n in own if n not in rules.split(",")]
     text = read_text(document)
     share = None if budget is None else parse_share(budget)
-    if tokens < 4:
-        raise ValueError(f"--tokens {tokens} must be at least 4, so that there is a second half to score")
+    if tokens < 5:
+        raise ValueError(f"--tokens {tokens} must be at least 5, so that there is a second half to score")
     from hga.evals.nll import evaluate_nll, first_tokens
     from hga.evals.rule import resolve_rules
 
