@@ -274,15 +274,23 @@ def _hadamard(width: int, like: Tensor) -> Tensor:
     return matrix / width**0.5
 
 
+_BETTER = {"vote": "global", "gain": "key", "lift": 0.5, "sink_tokens": 4, "window_tokens": 32}
+_CODED = {"key_code": "t2", "value_size": 16, "value_code": "h4"}
+
 BASES: dict[str, dict[str, Any]] = {
     "g4": {},
     "g8": {"group_size": 8, "value_size": 8},
     "g2": {"group_size": 2, "value_size": 2},
     "g1": {"group_size": 1, "value_size": 1},
     "n32": {"group_size": 8, "value_size": 32, "node_size": 32, "overselection": 12},
+    "b4": _BETTER,
+    "b2": _BETTER | {"group_size": 2, "value_size": 2},
+    "t4": _BETTER | _CODED,
+    "t2": _BETTER | _CODED | {"group_size": 2},
+    "t1": _BETTER | _CODED | {"group_size": 1, "gain": "mass", "lift": 0.0},
     "n16": {"group_size": 4, "value_size": 16, "node_size": 16, "overselection": 12},
 }
-"""Variants to start from; n32 is what `lean` does."""
+"""Variants to start from: g and n as the presets choose (n32 is `lean`), b with a better choice, t with fewer bytes."""
 
 
 def parse_variant(text: str, budget: int) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, read_text
+from hga.cli import recall
+from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
 from hga.cli.output import console, emit, in_bytes, table, token_progress
 from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hga.evals.nll import RuleScore
 
 app = typer.Typer()
+app.command("recall")(recall.recall)
 
 
 @app.callback()
@@ -30,7 +31,7 @@ def nll(
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Read the first N tokens of it.")] = 8192,
     rules: Annotated[
         str,
-        typer.Option("--rules", help="Presets, dense, window (sink and window only), or names given by --config."),
+        typer.Option("--rules", help="Presets, dense, window, other systems' rules, or names given by --config."),
     ] = "dense,contiguous,balanced",
     budget: Annotated[
         str | None,
@@ -75,14 +76,6 @@ def nll(
                 emit({"model": model, "document": document.name} | score.row())
     if not json:
         _show(document.name, tokens, scores)
-
-
-def parse_share(text: str) -> float:
-    """Read 1/32 or 0.03125. ValueError for another form."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--budget {text!r} must be a share of the context such as 1/32 or 0.03125") from error
 
 
 def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:

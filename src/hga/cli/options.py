@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,14 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first, for example "
             "iconv -f LATIN1 -t UTF-8"
         ) from error
+
+
+def parse_share(text: str) -> float:
+    """Read 1/32 or 0.03125. ValueError for another form."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--budget {text!r} must be a share of the context such as 1/32 or 0.03125") from error
 
 
 def load(

@@ -65,5 +65,5 @@ def quantise(rows: Tensor, bits: int, dim: int) -> Tensor:
     """Rows as they come back from `bits` bits, evenly spaced between the least and the largest along `dim`."""
     least, largest = rows.amin(dim, keepdim=True), rows.amax(dim, keepdim=True)
     step = ((largest - least) / (2**bits - 1)).clamp(min=torch.finfo(rows.dtype).tiny)
-    levels: Tensor = ((rows - least) / step).round()
-    return levels * step + least
+    restored: Tensor = ((rows - least) / step).round() * step + least
+    return restored
