@@ -43,9 +43,10 @@ _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 class Variant(SimulatedRule):
     """HGA's rule with more choices than `HGAConfig` has.
 
-    key_code, value_code: how summaries are kept. "exact"; "fp8": a scale a row; else a letter and the bits of a
-    number, beside a mean a channel and chunk: "c" a step a channel and chunk; "m" a step a row; "r" both; "h" a step a
-    row, channels mixed by a Hadamard matrix; "t" as "h", the difference to the mean of 16 tokens, itself "h4".
+    key_code, value_code: how summaries are kept. "exact"; "fp8": a scale a row; or a letter and the bits of a number:
+    the chunk's mean is taken off, channels are divided by their spread to the power of 0 ("h"), 1/2 ("n") or 1 ("w")
+    and mixed by a Hadamard matrix, and a row has a step of its own; with a "t" behind, what is coded is the difference
+    to the mean of 16 tokens, which has 4 bits.
     value_size: tokens of a mean value (a multiple of group_size).
     vote: how the R heads of a KV head agree: "local" adds softmax masses over the candidates, as hga does;
     "global" adds shares of the whole attention, sink and window included; "max" takes the largest of those;
@@ -76,13 +77,13 @@ class Variant(SimulatedRule):
         """Key, value and node summaries, and spreads."""
 
         def row(code: str) -> float:
-            scale = 0 if code[0] == "c" else 1
-            return {"exact": 2.0 * width, "fp8": width + 2.0}.get(code) or width * int(code[1:]) / 8 + scale
+            return {"exact": 2.0 * width, "fp8": width + 2.0}.get(code) or width * int(code[1]) / 8 + 1
 
         def unit(code: str, size: int) -> float:
-            beside = {"c": 4 * width, "r": 4 * width, "m": 2 * width, "h": 2 * width, "t": 2 * width}.get(code[0], 0)
-            node = row("h4") / 16 if code[0] == "t" else 0
-            return row(code) / size + beside / self.chunk_size + node
+            if code in ("exact", "fp8"):
+                return row(code) / size
+            beside = (2 if code[0] == "h" else 4) * width / self.chunk_size
+            return row(code) / size + beside + (row("h4") / 16 if code[-1] == "t" else 0)
 
         total = unit(self.key_code, self.group_size)
         total += unit(self.value_code, self.value_size) if self.far_field else 0
@@ -98,7 +99,7 @@ class Variant(SimulatedRule):
         chunks = max(0, (tile.start - self.window_tokens - sink) // self.chunk_size)
         closed = chunks * self.chunk_size
         starts = sink + ((tile.positions - self.window_tokens + 1 - sink).clamp(min=0) + size - 1) // size * size
-        groups = max(0, int(starts[-1]) - sink) // size
+        groups = -(-max(0, tile.key.shape[1] - self.window_tokens - sink) // size)
         order = tile.once("order", chunks, lambda a, b: self._order(tile, a, b)).flatten(1)
         pending = torch.arange(sink + closed, sink + groups * size, device=order.device)
         rows = torch.cat([order, pending.expand(order.shape[0], -1)], 1)
@@ -196,6 +197,8 @@ class Variant(SimulatedRule):
         """Token ids of chunks (H, chunks, C), ordered by content."""
         starts = self.sink_tokens + torch.arange(first, last, device=tile.key.device) * self.chunk_size
         where = slice(self.sink_tokens + first * self.chunk_size, self.sink_tokens + last * self.chunk_size)
+        if first == last:
+            return starts.new_empty(tile.key.shape[0], 0, self.chunk_size)
         parts = (x[:, where].unflatten(1, (-1, self.chunk_size)) for x in (tile.key, tile.value))
         return content_order(*parts, self.group_size) + starts[:, None]
 
@@ -233,24 +236,17 @@ def recode(rows: Tensor, code: str, size: int) -> Tensor:
         return rows
     if code == "fp8":
         return decode_rows(encode_rows(rows, torch.float8_e4m3fn), rows.dtype)
-    kind, bits = code[0], int(code[1:])
+    power, bits = {"h": 0.0, "n": 0.5, "w": 1.0}[code[0]], int(code[1])
     middle = _rounded(rows.mean(2, keepdim=True))
-    rest = rows - middle
-    if kind == "c":
-        return middle + _levels(rest, _spread_along(rest, 2), bits)
-    if kind == "r":
-        channel = _spread_along(rest, 2)
-        return middle + _levels(rest / channel, _spread_along(rest / channel, -1), bits) * channel
-    if kind == "m":
-        return middle + _levels(rest, _spread_along(rest, -1), bits)
+    channel = _spread_along(rows - middle, 2) ** power
     mix = _hadamard(rows.shape[-1], rows)
-    rest = rest @ mix
+    rest = (rows - middle) / channel @ mix
     node = torch.zeros_like(rest)
-    if kind == "t":
+    if code[-1] == "t":
         means = rest.unflatten(2, (-1, 16 // size)).mean(3)
         node = _levels(means, _spread_along(means, -1), 4).repeat_interleave(16 // size, 2)
-        rest = rest - node
-    return middle + (node + _levels(rest, _spread_along(rest, -1), bits)) @ mix.mT
+    coded = node + _levels(rest - node, _spread_along(rest - node, -1), bits)
+    return middle + coded @ mix.mT * channel
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -275,7 +271,7 @@ def _hadamard(width: int, like: Tensor) -> Tensor:
 
 
 _BETTER = {"vote": "global", "gain": "key", "lift": 0.5, "sink_tokens": 4, "window_tokens": 32}
-_CODED = {"key_code": "t2", "value_size": 16, "value_code": "h4"}
+_CODED = {"key_code": "n2t", "value_size": 16, "value_code": "h4"}
 
 BASES: dict[str, dict[str, Any]] = {
     "g4": {},

@@ -56,7 +56,8 @@ class BudgetedRule(SimulatedRule):
 
     def units(self, tile: Tile, unit: int) -> int:
         """Whole units between the sink and the last query's window."""
-        return (int(self.window_starts(tile, unit)[-1]) - self.sink_tokens) // unit
+        last = max(0, tile.key.shape[1] - self.window_tokens - self.sink_tokens)
+        return -(-last // unit)
 
     def allowed(self, tile: Tile, unit: int) -> Tensor:
         """bool (M, units): the units that end before each query's window."""

@@ -53,7 +53,7 @@ class PaperRule(BudgetedRule):
     def _scores(self, tile: Tile, size: int) -> Tensor:
         """Scores of all whole units before the window (H, R, M, units), -inf where a query may not choose."""
         starts = self.window_starts(tile, self.group_size)
-        count = (int(starts[-1]) - self.sink_tokens) // size
+        count = self.units(tile, self.group_size) * self.group_size // size
         ends = self.sink_tokens + torch.arange(1, count + 1, device=starts.device) * size
 
         def means(first: int, last: int) -> Tensor:

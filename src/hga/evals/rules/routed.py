@@ -44,7 +44,7 @@ class RoutedRule(SimulatedRule):
         closed = chunks * chunk
         order = tile.once("order", chunks, lambda a, b: self._order(tile, a, b)).flatten(1)  # (H, closed)
         starts = sink + ((tile.positions - window + 1 - sink).clamp(min=0) + size - 1) // size * size
-        groups = max(0, int(starts[-1]) - sink) // size
+        groups = -(-max(0, length - window - sink) // size)
         pending = torch.arange(sink + closed, sink + groups * size, device=tile.key.device)
         rows = torch.cat([order, pending.expand(order.shape[0], -1)], 1)  # (H, groups * size) token ids
         ends = sink + torch.arange(1, groups + 1, device=rows.device) * size

@@ -48,7 +48,7 @@ class SimulatedCache(DynamicCache):
 
     def reset_counters(self) -> None:
         """Start the averages again."""
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums: Tensor | None = None
         self._queries = 0
 
     def count(self, tile: Tile, attended: Attended) -> None:
@@ -57,12 +57,12 @@ class SimulatedCache(DynamicCache):
         exact = attended.exact
         used = [exact.sum(-1), exact.any(1).sum(-1), attended.estimated]
         shares = torch.stack([(x.double() / context).flatten(0, -2).mean(0).sum() for x in used])
-        self._sums += shares.cpu()
+        self._sums = shares if self._sums is None else self._sums + shares  # on the device: nothing waits for it
         self._queries += tile.query.shape[2]
 
     def stats(self) -> SimulatedStats:
         """What queries used since the counters were reset, and what is kept where. ValueError before any query."""
-        if not self._queries:
+        if self._sums is None:
             raise ValueError("no query was counted yet; let the model read first")
         attended, fetched, estimated = (self._sums / self._queries).tolist()
         layers: list[Any] = [self.layers[index] for index in self.notes]
