@@ -54,7 +54,8 @@ class Variant(SimulatedRule):
     layer share one budget.
     gain: what a group is chosen by: "mass", or mass times the spread of its "key"s, "value"s or "both"; one more
     byte a group each. lift: the far field's mass is raised by half the variance of its logits, as the spread of keys
-    tells it, at most this many nats. node_size, overselection: two levels, as in HGAConfig.
+    tells it, at most this many nats. top_p: no more groups are opened
+    once this share of the attention is exact, as the summaries tell. node_size, overselection: as in HGAConfig.
     """
 
     budget_tokens: int
@@ -69,6 +70,7 @@ class Variant(SimulatedRule):
     pool: str = "head"
     gain: str = "mass"
     lift: float = 0.0
+    top_p: float = 1.0
     node_size: int = 0
     overselection: int = 0
     far_field: bool = True
@@ -190,8 +192,22 @@ class Variant(SimulatedRule):
             taken = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True)
             chosen = taken.unflatten(2, (heads, count)).permute(2, 0, 1, 3)
         else:
-            chosen.scatter_(-1, mass.topk(min(keep, count), -1).indices, True)
+            best = mass.topk(min(keep, count), -1).indices
+            chosen.scatter_(-1, best, self._worth_opening(tile, near, scores, best))
         return chosen & allowed
+
+    def _worth_opening(self, tile: Tile, near: Tensor | None, scores: Tensor, best: Tensor) -> Tensor:
+        """bool like best (H, R', M, K), groups in the order of their gains: those before `top_p` is reached."""
+        if self.top_p >= 1 or near is None:
+            return torch.ones_like(best, dtype=torch.bool)
+        beside = torch.logsumexp(tile.logits.masked_fill(~near, NEVER), -1, keepdim=True)
+        archive = torch.logsumexp(scores, -1, keepdim=True) + math.log(self.group_size)
+        total = torch.logaddexp(beside, archive)
+        mass, recalled = (scores + math.log(self.group_size) - total).exp(), (beside - total).exp()
+        if best.shape[1] == 1:
+            mass, recalled = mass.mean(1, keepdim=True), recalled.mean(1, keepdim=True)
+        mass = mass.gather(-1, best)
+        return recalled + mass.cumsum(-1) - mass < self.top_p
 
     def _order(self, tile: Tile, first: int, last: int) -> Tensor:
         """Token ids of chunks (H, chunks, C), ordered by content."""

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from frontier import BASES, Variant, recode
 from simulation import simulate
 from tiny_model import tiny_config, tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -281,6 +282,61 @@ def test_our_rule_is_the_simulation(preset):
     out, _ = attend(RoutedRule.of(config), *given, cuts=(199,))
     oracle = simulate(config, *given, 0.25, FREQUENCIES if preset == "paper" else None)
     torch.testing.assert_close(out, oracle, rtol=0, atol=1e-12)
+
+
+VARIANTS = {
+    **{name: fields for name, fields in BASES.items() if name in ("g4", "n16", "b2", "t2", "t1")},
+    "head": {"vote": "head"},
+    "turns": {"vote": "turns", "value_code": "w3"},
+    "pool": {"vote": "max", "pool": "layer", "gain": "both", "key_code": "h3t"},
+    "top p": {"vote": "global", "top_p": 0.6},
+}
+
+
+def variant(name, budget):
+    fields = {"chunk_size": 64} | VARIANTS[name] | {"budget_tokens": budget}
+    return Variant(**fields | ({"overselection": 2} if "overselection" in fields else {}))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_strictly_causal_and_keep_the_budget(name):
+    given = sequence(333)
+    out, masks = attend(variant(name, 96), *given)
+    other, _ = attend(variant(name, 96), *(torch.cat([x[:, :250], -x[:, 250:] * 2], 1) for x in given))
+    torch.testing.assert_close(other[:, :250], out[:, :250], rtol=0, atol=1e-12)
+    attended = torch.cat([mask.sum(-1).double().mean(0).amax(0) for mask in masks])  # heads may share in a pool
+    assert 60 < attended.max() <= 96
+    assert (out - dense(*given)).norm() > 0.1
+    if name != "top p":
+        full, _ = attend(variant(name, 1000), *given)
+        torch.testing.assert_close(full, dense(*given), rtol=0, atol=1e-10)
+
+
+def test_variants_start_from_the_presets():
+    given = sequence(700)
+    for base, preset in (("g4", "balanced"), ("n32", "lean")):
+        config = HGAConfig.preset(preset, budget_tokens=128, overselection="all" if base == "g4" else 4)
+        expected, _ = attend(RoutedRule.of(config), *given)
+        fields = BASES[base] | {"budget_tokens": 128} | ({} if base == "g4" else {"overselection": 4})
+        out, _ = attend(Variant(**fields), *given)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        assert Variant(**fields).metadata_share(64, 0) >= RoutedRule.of(config).metadata_share(64, 0)
+
+
+@pytest.mark.parametrize("code", ["h", "n", "w"])
+def test_coded_summaries_lose_less_with_more_bits(code):
+    rows = sequence(512, 2, 1, 64)[1].view(2, 2, 256, 64) * torch.linspace(0.1, 3, 64) + 5
+    rows = rows.unflatten(2, (-1, 4)).mean(3)
+    errors = [
+        (recode(rows, f"{code}{bits}", 4) - rows).norm() / (rows - rows.mean(2, True)).norm() for bits in (1, 2, 4)
+    ]
+    # A normal variable's least error is 0.60, 0.34 and 0.107 of its spread.
+    assert errors[0] == pytest.approx(0.60, abs=0.08)
+    assert errors[1] == pytest.approx(0.34, abs=0.04)
+    assert errors[2] == pytest.approx(0.107, abs=0.03)
+    alike = rows.unflatten(2, (-1, 4)).mean(3).repeat_interleave(4, 2) + 0.1 * rows
+    plain, tree = ((recode(alike, f"{code}2{tree}", 4) - alike).norm() for tree in ("", "t"))
+    assert tree < plain / 1.5
 
 
 def test_metadata_bytes():
