@@ -1,4 +1,4 @@
-"""`hga eval`: what routing loses on a document."""
+"""`hga eval`: what routing loses on a document; `nll` is here, the suite in `suite.py`, `recall` in `recall.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli import recall
+from hga.cli import recall, suite
 from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
 from hga.cli.output import console, emit, in_bytes, table, token_progress
 from hga.config import HGAConfig
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.command("recall")(recall.recall)
+app.command("tasks")(suite.tasks)
+app.command("generate")(suite.generate)
+app.command("run")(suite.run)
+app.command("report")(suite.report)
 
 
 @app.callback()
@@ -37,6 +41,7 @@ def nll(
         str | None,
         typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125."),
     ] = None,
+    score: Annotated[str, typer.Option("--score", help="Positions to score: half (the second) or all.")] = "half",
     config: Annotated[
         list[Path] | None,
         typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
@@ -48,9 +53,11 @@ def nll(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Score the second half of a document under each rule: one row a rule, with the gap to dense attention.
+    """Score the second half of a document under each rule: one row a rule, with the distance from dense attention.
 
-    Every token is scored under teacher forcing through the real cache, routed from the first token on.
+    Every token is scored under teacher forcing through the real cache, routed from the first token on. gap: nats a
+    token above dense; KL: of what each would write next, dense || rule; top-1: how often the likeliest token is the
+    same. JSON rows have the losses by position too.
 
     Example: hga eval nll --document book.txt --tokens 8192 --rules dense,paper,balanced --budget 1/6
     """
@@ -60,6 +67,8 @@ def nll(
     share = None if budget is None else parse_share(budget)
     if tokens < 5:
         raise ValueError(f"--tokens {tokens} must be at least 5, so that there is a second half to score")
+    if score not in ("half", "all"):
+        raise ValueError(f"--score {score} must be half or all")
     from hga.evals.nll import evaluate_nll, first_tokens
     from hga.evals.rule import resolve_rules
 
@@ -70,17 +79,23 @@ def nll(
     scores: list[RuleScore] = []
     with token_progress() as progress:
         tasks = {rule: progress.add_task(rule, total=tokens - 1) for rule in resolved}
-        for score in evaluate_nll(loaded, ids, resolved, progress=lambda rule, n: progress.advance(tasks[rule], n)):
-            scores.append(score)
+        for made in evaluate_nll(
+            loaded,
+            ids,
+            resolved,
+            score_from=0 if score == "all" else None,
+            progress=lambda rule, n: progress.advance(tasks[rule], n),
+        ):
+            scores.append(made)
             if json:
-                emit({"model": model, "document": document.name} | score.row())
+                emit({"kind": "nll", "model": model, "document": document.name, "budget": budget} | made.row())
     if not json:
         _show(document.name, tokens, scores)
 
 
 def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:
-    console.print(f"{document}, {tokens:,} tokens, means over the second half", style="bold")
-    columns = ("rule", "budget", "attended", "fetched", "nll", "gap", "± se", "on device", "store", "seconds")
+    console.print(f"{document}, {tokens:,} tokens, means over the last {scores[0].scored:,}", style="bold")
+    columns = ("rule", "budget", "attended", "fetched", "nll", "gap", "± se", "KL", "top-1", "beside model", "s")
     shown = table(*columns)
     for score in scores:
         gap = ("", "") if score.gap_nats is None else (f"{score.gap_nats:+.4f}", f"{score.se_nats:.4f}")
@@ -91,8 +106,9 @@ def _show(document: str, tokens: int, scores: list[RuleScore]) -> None:
             f"{score.fetched:.1%}",
             f"{score.nll:.4f}",
             *gap,
-            in_bytes(score.device_bytes),
-            in_bytes(score.store_bytes),
+            "" if score.kl_mean is None else f"{score.kl_mean:.4f}",
+            "" if score.top1_agreement is None else f"{score.top1_agreement:.1%}",
+            in_bytes(score.mean_device_bytes),
             f"{score.seconds:.0f}",
         )
     console.print(shown)

@@ -19,7 +19,7 @@ from hga.evals.tasks import TASKS, Example, candidates, grade
 
 _LEAST_FILLED = 0.95
 _BLOCK_TOKENS = 4096
-_CHARACTERS_PER_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 2  # a first guess; low, so that it never asks for more text than the answer needs
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,20 @@ def check_tasks(names: Iterable[str]) -> list[str]:
 
 
 def make_example(tokenizer: Any, material: Material, task: str, tokens: int, seed: int, index: int) -> Example:
-    """The example of this seed and index whose prompt is as long as `tokens` allows: 95% to 100% of it.
+    """The example of this seed and index whose prompt and answer fill `tokens`: mostly 95% to 100% of them.
 
     The same arguments make the same example. ValueError if the material is too short, or `tokens` too few.
     """
-    most = characters = _CHARACTERS_PER_TOKEN * tokens
-    best: Example | None = None
-    for _ in range(12):
+    characters = _CHARACTERS_PER_TOKEN * tokens
+    best, longest = None, 0
+    for _ in range(8):
         example = TASKS[task](material, Random(f"{task} {seed} {index}"), characters)
-        count = encode(tokenizer, example).shape[1]
-        if count <= tokens:
-            best = example
+        count = encode(tokenizer, example).shape[1] + example.answer_tokens
+        if longest < count <= tokens:
+            best, longest = example, count
             if count >= _LEAST_FILLED * tokens:
-                return example
-            if characters == most:
-                most *= 2
-        else:
-            most = min(most, characters - 1)
-        characters = min(int(characters * 0.985 * tokens / count), most)
+                break
+        characters = int(characters * 0.985 * tokens / count)
     if best is None:
         raise ValueError(f"task {task!r} does not fit into {tokens} tokens; raise --tokens")
     return best

@@ -52,8 +52,14 @@ class Material:
         """The document's lines."""
         return tuple(self.document.splitlines())
 
+    @cached_property
+    def constants(self) -> dict[int, Constant]:
+        """Integer constants that the document's lines define, by line."""
+        found = ((number, find_constant(line)) for number, line in enumerate(self.source_lines))
+        return {number: constant for number, constant in found if constant is not None}
+
     def filler(self, random: Random, characters: int) -> list[str]:
-        """Consecutive paragraphs, `characters` long in all at most, from a random one on; none comes twice.
+        """Consecutive paragraphs, `characters` long in all, from a random one on; none comes twice, the last is cut.
 
         ValueError if both texts together are shorter.
         """
@@ -62,7 +68,8 @@ class Material:
         taken: list[str] = []
         for paragraph in self.paragraphs[start:] + self.paragraphs[:start]:
             if len(paragraph) + 2 > room:
-                return taken
+                rest = paragraph[: max(0, room - 2)].rpartition(" ")[0].rstrip()
+                return taken + [rest] * (bool(rest) and rest not in taken)
             taken.append(paragraph)
             room -= len(paragraph) + 2
         raise ValueError(

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from hga.config import TILE_TOKENS
 from hga.evals.baseline import Baseline, check_logits, divergence, logits_of, output_layer_inputs
-from hga.evals.rule import Rule, Rules, held_bytes, open_rule, reset_counters
+from hga.evals.rule import Rule, Rules, check_rules, held_bytes, open_rule, reset_counters
 
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
 
@@ -152,6 +152,7 @@ def evaluate_nll(
     `block_tokens`; the result does not depend on them. Counters cover the scored positions only. progress is called
     with the rule and the number of tokens just read. ValueError as `score_rule`.
     """
+    check_rules(model, rules.values())
     baseline: Baseline | None = None
     for name in sorted(rules, key=lambda name: rules[name] is not None):
         report = None if progress is None else functools.partial(progress, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hga
+from hga.cache.families import routed_layers
 from hga.config import PRESETS, HGAConfig
 from hga.evals.rules.peers import PEERS
 
@@ -61,6 +62,13 @@ def open_rule(model: Any, rule: Rule) -> Iterator[DynamicCache]:
     else:
         with rule.opened(model) as simulated:
             yield simulated
+
+
+def check_rules(model: Any, rules: Iterable[Rule]) -> None:
+    """ValueError if a rule cannot work on the model, before dense has read for long."""
+    for rule in rules:
+        if isinstance(rule, HGAConfig):
+            routed_layers(model.config.get_text_config(decoder=True), rule)
 
 
 def reset_counters(cache: DynamicCache) -> None:

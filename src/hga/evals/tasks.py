@@ -11,14 +11,17 @@ import re
 import string
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
-from hga.evals.material import Material, find_constant
+from hga.evals.material import Material
 
 T = TypeVar("T", int, str)
+
+LEAST_CONSTANTS = 8
+"""Integer constants that a stretch of source code must define to be asked about."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def common_words(material: Material, random: Random, characters: int) -> Example
 def records(material: Material, random: Random, characters: int) -> Example:
     """JSON records with a note from the text in each; asked is one field of one record."""
     lines: list[str] = []
-    notes = iter(textwrap.wrap(" ".join(material.filler(random, characters)), 300))
+    notes = iter(textwrap.wrap(" ".join(material.filler(random, characters + 1200)), 300))
     identities, codes, room = set[str](), set[int](), characters
     while True:
         record = {
@@ -165,28 +168,21 @@ def code(material: Material, random: Random, characters: int) -> Example:
     Every integer constant in the stretch gets a new value of five digits, so that having read a famous file before
     does not help. ValueError if the document has no stretch with eight constants.
     """
-    lines = material.source_lines
-    constants = {number: found for number, line in enumerate(lines) if (found := find_constant(line)) is not None}
+    lines, constants = material.source_lines, material.constants
     for anchor in random.sample(sorted(constants), len(constants)):
-        first = last = anchor
-        room = characters - len(lines[anchor]) - 12
-        # The anchor may stand anywhere in the stretch: it grows to both sides by chance.
-        before = int(room * random.random())
-        while first > 0 and len(lines[first - 1]) + 6 <= before:
-            first -= 1
-            before -= len(lines[first]) + 6
-            room -= len(lines[first]) + 6
-        while last + 1 < len(lines) and len(lines[last + 1]) + 6 <= room:
-            last += 1
-            room -= len(lines[last]) + 6
+        first, last = _stretch(lines, anchor, random.random(), characters)
         inside = [number for number in constants if first <= number <= last]
         names = Counter(constants[number].name for number in inside)
-        if len(names) >= 8 and names[constants[anchor].name] == 1:
+        if (
+            len(names) >= LEAST_CONSTANTS
+            and names[constants[anchor].name] == 1
+            and (first > 0 or last + 1 < len(lines))
+        ):
             break
     else:
         raise ValueError(
             f"the document has {len(constants)} lines that define an integer constant and no stretch of {characters} "
-            "characters with eight of them; task 'code' needs a source file"
+            "characters with eight of them; task 'code' needs a source file, longer than the context"
         )
     values = dict(zip(inside, _numbers(random, len(inside), 5), strict=True))
     shown = [
@@ -248,6 +244,21 @@ def _scatter(paragraphs: list[str], lines: list[str], random: Random) -> str:
     for place, line in zip(reversed(places), reversed(lines), strict=True):
         mixed.insert(place, line)
     return "\n\n".join(mixed)
+
+
+def _stretch(lines: Sequence[str], anchor: int, share_before: float, characters: int) -> tuple[int, int]:
+    """First and last of the consecutive lines around one: so many characters in all, this share of them before it."""
+    growth = len("\n12345")  # a value may become so much longer
+    first = last = anchor
+    room = characters - len(lines[anchor]) - growth
+    before = room * share_before
+    while first > 0 and (cost := len(lines[first - 1]) + growth) <= before:
+        first, before, room = first - 1, before - cost, room - cost
+    while last + 1 < len(lines) and (cost := len(lines[last + 1]) + growth) <= room:
+        last, room = last + 1, room - cost
+    while first > 0 and (cost := len(lines[first - 1]) + growth) <= room:
+        first, room = first - 1, room - cost
+    return first, last
 
 
 def _distinct(random: Random, count: int, draw: Callable[[], str]) -> list[str]:
