@@ -1,6 +1,7 @@
 """Recall: what a rule attends of dense attention's mass, per layer and head, against the model's own weights."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_command(tmp_path):
     shown = CliRunner().invoke(app, [*arguments, "--rules", "dense,contiguous"])
     assert shown.exit_code == 0, shown.output
     assert "contiguous" in shown.stdout
+    for changed, message in (
+        (["--rules", "quesst"], "'quesst' is unknown"),
+        (["--budget", "1/32"], "budget_tokens=32 must be at least 80"),
+        (["--tokens", "99999"], "99,999 positions|fewer than the 99999|99999"),
+        (["--queries", "0"], "0 queries"),
+    ):
+        refused = CliRunner().invoke(app, [*arguments, "--rules", "quest", *changed])
+        assert refused.exit_code != 0
+        assert re.search(message, str(refused.exception) + refused.output), refused.output
     none = CliRunner().invoke(app, [*arguments, "--rules", "dense"])
     assert none.exit_code != 0
     assert "names no rule" in str(none.exception) + none.output

@@ -5,14 +5,15 @@ import itertools
 
 import pytest
 import torch
+from families import ALL, build
 from frontier import BASES, Variant, recode
 from simulation import simulate
-from tiny_model import tiny_config, tiny_model
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from tiny_model import tiny_model
+from transformers import DynamicCache
 
 from hga.config import HGAConfig
 from hga.evals.nll import evaluate_nll
-from hga.evals.rule import open_rule
+from hga.evals.rule import check_rules, open_rule
 from hga.evals.rules.fixed import RandomGroups, SinksAndWindow
 from hga.evals.rules.infllm import InfLLMRule
 from hga.evals.rules.oracle import OracleTokens
@@ -384,7 +385,7 @@ def test_through_a_model(model, ids):
 
 def test_the_model_is_given_back_after_an_error(model, ids):
     rule = make("quest", 128)
-    with pytest.raises(ValueError, match="a batch of 2"), open_rule(model, rule) as cache:
+    with pytest.raises(ValueError, match="a batch or padding"), open_rule(model, rule) as cache:
         model(ids.expand(2, -1), past_key_values=cache)
     assert model.config._attn_implementation == "sdpa"
     with open_rule(model, rule) as cache, pytest.raises(ValueError, match="no query was counted"):
@@ -404,9 +405,26 @@ def test_refusals():
         RetroInferRule(budget_tokens=256, cluster_size=10)
     with pytest.raises(ValueError, match="bits=3"):
         QuantisedRule(bits=3)
-    shape = {k: v for k, v in tiny_config().to_dict().items() if k in ("vocab_size", "hidden_size", "head_dim")}
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(**shape, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
-    ).eval()
-    with pytest.raises(ValueError, match="softcap"), open_rule(capped, make("quest", 128)) as cache:
-        capped(torch.zeros(1, 8, dtype=torch.long), past_key_values=cache)
+    for name in ("gemma2", "gpt_oss"):
+        model = build(name)
+        with pytest.raises(ValueError, match="soft-capped scores or learned sinks"):
+            check_rules(model, [None, make("quest", 128)])
+        with pytest.raises(ValueError, match="learned sinks"), open_rule(model, make("quest", 128)):
+            pass
+        assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "gemma3_text", "qwen3_next", "qwen2-sliding"])
+def test_families(name):
+    """Sliding and linear layers stay the model's own; a full budget is dense, a small one is not."""
+    model = build(name)
+    ids = torch.randint(1, 101, (1, 300), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        for budget, same in ((400, True), (90, False)):
+            with open_rule(model, make("paper", budget)) as cache:
+                halves = [model(part, past_key_values=cache).logits for part in ids.split(180, 1)]
+                assert sorted(cache.notes) == list(ALL[name].routed)
+                assert cache.stats().fetched == pytest.approx(1.0 if same else cache.stats().attended)
+            # Linear layers compute in float32, in other chunks where the text is cut.
+            assert torch.allclose(torch.cat(halves, 1), expected, rtol=0, atol=1e-5) == same

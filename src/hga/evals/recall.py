@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hga.cache.families import check_model_config
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.evals.rule import Rule
 from hga.evals.rules.routed import RoutedRule
-from hga.evals.rules.simulated import SimulatedRule, is_routed, tiles_of
+from hga.evals.rules.simulated import SimulatedRule, check_simulated, is_routed, tiles_of
 from hga.integrations.transformers.attention import hga_attention, hga_mask
 
 ATTENTION = "hga_recall"
@@ -27,7 +26,8 @@ class Recall:
 
     rule: its name; tokens: read. layers (L,): indices of the layers measured. recalled (L, Hq): share of the dense
     attention mass that lies on tokens attended exactly. output_error (L, Hq): L2 norm of the output's difference to
-    dense, over the norm of dense, both over the sampled queries. attended, fetched: shares of the context.
+    dense, over the norm of dense, both over the sampled queries; layer_error (L,): the same for all heads of a layer
+    together. attended, fetched: shares of the context.
     """
 
     rule: str
@@ -74,7 +74,7 @@ def measure_recall(
     simulated rules; "dense" (None) recalls everything and is left out. ValueError for a document of fewer than 4
     tokens, for fewer than one query, or a model of an unsupported family.
     """
-    check_model_config(model.config)
+    check_simulated(model.config)
     tokens = ids.shape[1]
     if tokens < 4 or queries < 1:
         raise ValueError(f"{tokens} tokens, {queries} queries: give at least 4 tokens and 1 query")

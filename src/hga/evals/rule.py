@@ -13,6 +13,7 @@ import hga
 from hga.cache.families import routed_layers
 from hga.config import PRESETS, HGAConfig
 from hga.evals.rules.peers import PEERS
+from hga.evals.rules.simulated import SimulatedRule, check_simulated
 
 
 @runtime_checkable
@@ -69,6 +70,8 @@ def check_rules(model: Any, rules: Iterable[Rule]) -> None:
     for rule in rules:
         if isinstance(rule, HGAConfig):
             routed_layers(model.config.get_text_config(decoder=True), rule)
+        elif isinstance(rule, SimulatedRule):
+            check_simulated(model.config)
 
 
 def reset_counters(cache: DynamicCache) -> None:

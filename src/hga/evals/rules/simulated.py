@@ -95,9 +95,9 @@ class SimulatedRule:
     def opened(self, model: Any) -> Iterator[SimulatedCache]:
         """Inside, the model's full-attention layers follow the rule; gives the cache to read with.
 
-        ValueError if the model is of an unsupported family, or has learned sinks or soft caps.
+        ValueError as `check_simulated`.
         """
-        check_model_config(model.config)
+        check_simulated(model.config)
         cache = SimulatedCache(model.config, self)
         before = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, functools.partial(rule_attention, self, cache))
@@ -109,14 +109,22 @@ class SimulatedRule:
             model.set_attn_implementation(before)
 
 
+def check_simulated(config: Any) -> None:
+    """ValueError if a model's family is unsupported, or its attention has what the rules do not know."""
+    check_model_config(config)
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+        raise ValueError(
+            f"model_type={config.model_type!r} has soft-capped scores or learned sinks, which simulated rules do not "
+            "know; measure presets on it by `hga eval nll`, which runs the real path"
+        )
+
+
 def is_routed(layer_idx: int, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer attends to its whole past. ValueError for what no rule here knows: batches, sinks, soft caps."""
-    if kwargs.get("sliding_window") is not None or mask is not None:
+    """Whether a layer attends to its whole past. ValueError for batches and padding, which no rule here knows."""
+    if kwargs.get("sliding_window") is not None or (mask is not None and mask.ndim == 4):
         return False
-    unknown = [name for name in ("s_aux", "softcap") if kwargs.get(name) is not None]
-    if unknown or key.shape[0] != 1:
-        why = f"arguments {unknown}" if unknown else f"a batch of {key.shape[0]}"
-        raise ValueError(f"layer {layer_idx}: simulated rules cannot honour {why}; they read one plain sequence")
+    if key.shape[0] != 1 or mask is not None:
+        raise ValueError(f"layer {layer_idx}: simulated rules read one plain sequence, got a batch or padding")
     return True
 
 
