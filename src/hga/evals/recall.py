@@ -120,7 +120,7 @@ def _recording_attention(
     out, weights = hga_attention(module, query, key, value, attention_mask, **kwargs)
     if not is_routed(module.layer_idx, key, attention_mask, kwargs):
         return out, weights
-    tiles = tiles_of(module, query, key, value, {}, **kwargs)
+    tiles = list(tiles_of(module, query, key, value, {}, **kwargs))  # those measured keep their logits for all rules
     for name, rule in rules.items():
         notes: dict[str, Tensor] = {}  # of this rule and layer
         for tile in tiles:

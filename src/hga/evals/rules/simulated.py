@@ -130,7 +130,7 @@ def is_routed(layer_idx: int, key: Tensor, mask: Tensor | None, kwargs: dict[str
 
 def tiles_of(
     module: Any, query: Tensor, key: Tensor, value: Tensor, notes: dict[str, Tensor], **kwargs: Any
-) -> list[Tile]:
+) -> Iterator[Tile]:
     """The tiles of one attention call: query (1, Hq, T, D), key and value (1, Hkv, N, D)."""
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     frequencies = inverse_frequencies(module.config, module.layer_idx)

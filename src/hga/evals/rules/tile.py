@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,17 +89,16 @@ class Tile:
 
 def cut_tiles(
     query: Tensor, key: Tensor, value: Tensor, scale: float, frequencies: Tensor | None, notes: dict[str, Tensor]
-) -> list[Tile]:
+) -> Iterator[Tile]:
     """The tiles of a block of queries (Hq, T, D) behind which key and value (Hkv, N, D) end."""
     heads, length, width = key.shape
     work = compute_dtype(key.dtype)
     scaled = query.view(heads, -1, query.shape[1], width).to(work) * scale
     key, value = key.to(work), value.to(work)
     first = length - query.shape[1]
-    tiles, start = [], first
+    start = first
     while start < length:
         stop = min(length, (start // TILE_TOKENS + 1) * TILE_TOKENS)
         here = scaled[:, :, start - first : stop - first]
-        tiles.append(Tile(here, key[:, :stop], value[:, :stop], start, frequencies, notes))
+        yield Tile(here, key[:, :stop], value[:, :stop], start, frequencies, notes)
         start = stop
-    return tiles
