@@ -56,7 +56,19 @@ def test_version_and_help(capsys):
     for command in ([], ["--help"]):
         assert main(command) == 0
         assert "hga demo" in capsys.readouterr().out
-    for command in ("demo", "generate", "plan", "eval nll", "models", "models fetch", "models remove"):
+    for command in (
+        "demo",
+        "generate",
+        "plan",
+        "eval nll",
+        "eval tasks",
+        "eval generate",
+        "eval run",
+        "eval report",
+        "models",
+        "models fetch",
+        "models remove",
+    ):
         assert main([*command.split(), "--help"]) == 0
         assert f"Example: hga {command.split()[0]}" in capsys.readouterr().out
 
@@ -196,6 +208,17 @@ def test_eval_nll_table(capsys, folder, document):
     assert "dense" in out
 
 
+def test_eval_nll_scores_all_positions(capsys, folder, document):
+    arguments = ["eval", "nll", "--model", str(folder), "--document", str(document), "--tokens", "300", "--json"]
+    assert main([*arguments, "--rules", "dense,balanced", "--budget", "1/3", "--score", "all"]) == 0
+    dense, routed = rows(capsys)
+    assert dense["scored"] == routed["scored"] == 299
+    assert routed["buckets"][0]["scored"] == 299
+    assert 0 < routed["kl_mean"] <= routed["kl_p99"]
+    assert 0 < routed["top1_agreement"] < 1
+    assert (routed["kind"], routed["budget"]) == ("nll", "1/3")
+
+
 def test_eval_nll_refuses(capsys, folder, document, tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"\xe9")
@@ -211,6 +234,7 @@ def test_eval_nll_refuses(capsys, folder, document, tmp_path):
     assert "--rope-scaling yarn:2" in refused(capsys, *base, document, "--tokens", 4096)
     assert "at least 5" in refused(capsys, *base, document, "--tokens", 2)
     assert "no rule" in refused(capsys, *base, document, "--rules", ",")
+    assert "must be half or all" in refused(capsys, *base, document, "--score", "last")
     bad = tmp_path / "bad.json"
     bad.write_text('{"colour": 1}')
     assert "colour" in refused(capsys, *base, document, "--config", bad)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hga.cli.options import load, parse_share, read_text
 from hga.cli.output import console, emit, in_bytes, say, table, token_progress
 from hga.config import HGAConfig
-from hga.evals.summary import label, task_scores, task_table
+from hga.evals.summary import label, task_scores
 from hga.models import check_positions
 
 if TYPE_CHECKING:
@@ -213,9 +213,18 @@ def _line(row: Row) -> str:
 
 
 def _show_tasks(results: Results) -> None:
-    columns, lines = task_table(task_scores(results.rows))
-    if lines:
-        shown = table(*columns)
-        for line in lines:
-            shown.add_row(*line)
-        console.print(shown)
+    scores = task_scores(results.rows)
+    if not scores:
+        return
+    shown = table("task", "tokens", "rule", "replies", "score", "± se", "of dense")
+    for score in sorted(scores, key=lambda score: (score.tokens, score.task == "all", score.task)):
+        shown.add_row(
+            score.task,
+            f"{score.tokens:,}",
+            f"{score.rule} {score.budget or ''}".rstrip(),
+            str(score.replies),
+            f"{score.score:.2f}",
+            "" if score.se is None else f"{score.se:.2f}",
+            "" if score.of_dense is None else f"{score.of_dense:.0%}",
+        )
+    console.print(shown)

@@ -100,8 +100,8 @@ def _tasks_section(rows: Sequence[Row]) -> str:
     if not scores:
         return ""
     remark = (
-        "Mean share of right answers, ± its standard error, and, for a rule, how much of dense's score on the same "
-        "examples it is: where dense itself scores low that says little."
+        "Mean share of right answers, ± its standard error. Of dense: what all tasks scored, over dense's score on the "
+        "same examples; where dense itself scores low that says little."
     )
     return f'<p class="remark">{remark}</p>\n{_table(*task_table(scores))}'
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -103,7 +104,7 @@ def is_source(text: str) -> bool:
 
 
 def plan(settings: Settings, sources: set[str]) -> list[Unit]:
-    """All units in the order of work: dense before the rules, short contexts first, and tasks in turns.
+    """All units in the order of work: contexts as they are named, dense before the rules, tasks in turns.
 
     sources: the documents that task "code" can be made of. ValueError as `Settings.rule`, before any work.
     """
@@ -127,15 +128,16 @@ def _plan_part(settings: Settings, part: str, tokens: int, sources: set[str]) ->
                     if task != "code" or document in sources:
                         yield from (Unit("task", document, tokens, *rule, task, example) for rule in under)
         return
-    kinds = {"nll": ["nll"], "generate": ["agreement", "drift"] if settings.sample_tokens else ["agreement"]}[part]
     if part == "generate" and tokens - settings.written_tokens < 2:
         raise ValueError(
             f"--tokens {tokens} leave no prompt before {settings.written_tokens} written tokens; raise --tokens, or "
             "lower --new-tokens and --sample-tokens"
         )
     for document in settings.documents:
-        for kind in kinds:
-            yield from (Unit(kind, document, tokens, *rule) for rule in under)
+        yield from (Unit("nll" if part == "nll" else "agreement", document, tokens, *rule) for rule in under)
+        if part == "generate" and settings.sample_tokens:
+            # What dense samples does not drift from dense.
+            yield from (Unit("drift", document, tokens, *rule) for rule in under[1:])
 
 
 class Suite:
@@ -173,13 +175,16 @@ class Suite:
         return self._results.append(row)
 
     def _read_ids(self, document: str) -> Tensor:
-        return first_tokens(self._tokenizer, self._texts[document], max(self._settings.tokens)).to(self._model.device)
+        longest = max(self._settings.tokens)
+        with _naming(document):
+            return first_tokens(self._tokenizer, self._texts[document], longest).to(self._model.device)
 
     def _read_material(self, document: str) -> Material:
         return material_of(self._texts[document])
 
     def _make_example(self, document: str, task: str, tokens: int, index: int) -> Any:
-        return make_example(self._tokenizer, self._material(document), task, tokens, self._settings.seed, index)
+        with _naming(document):
+            return make_example(self._tokenizer, self._material(document), task, tokens, self._settings.seed, index)
 
     def _nll(self, unit: Unit, rule: Rule, progress: Callable[[int], object] | None) -> dict[str, Any]:
         ids = self._ids(unit.document)[:, : unit.tokens]
@@ -198,9 +203,9 @@ class Suite:
             return self._baseline[1]
         path = self._baseline_path(dense)
         if path is not None and path.exists():
-            made: Baseline | None = Baseline.load(path)
-        else:
-            _, made = read("dense", None, None)
+            self._baseline = dense, Baseline.load(path)
+            return self._baseline[1]
+        _, made = read("dense", None, None)
         assert made is not None
         self._keep(dense, made)
         return made
@@ -277,6 +282,15 @@ def run(
             at_row(row)
     suite.forget()
     return 0
+
+
+@contextmanager
+def _naming(document: str) -> Iterator[None]:
+    """What is wrong with one of several documents says which."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{document}: {error}") from error
 
 
 def _flat(made: Any) -> dict[str, Any]:

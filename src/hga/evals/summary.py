@@ -85,24 +85,26 @@ def task_scores(rows: Sequence[Row]) -> list[TaskScore]:
 
 
 def task_table(scores: Sequence[TaskScore]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: a line a model, length and task ("all" last), a column a rule.
+    """Columns and lines: a line a model, length and rule, a column a task; "all" and its share of dense's come last.
 
-    A cell is the score, its standard error, and, for a rule, how much of dense's score it is.
+    A cell is the mean score and its standard error.
     """
-    rules = list(dict.fromkeys((score.rule, score.budget) for score in scores))
+    tasks = sorted({score.task for score in scores} - {"all"})
     lines: list[list[str]] = []
-    ordered = sorted(scores, key=lambda score: (score.model, score.tokens, score.task == "all", score.task))
-    for (model, tokens, task), part in grouped(ordered, lambda s: (s.model, s.tokens, s.task)).items():
-        cells = {(score.rule, score.budget): _cell(score) for score in part}
-        replies = max(score.replies for score in part)
-        lines.append([f"{model}, {tokens:,}, {task}", str(replies), *(cells.get(rule, "") for rule in rules)])
-    return ["model, tokens, task", "replies", *(f"{name} {budget or ''}".rstrip() for name, budget in rules)], lines
+    for (model, tokens, rule, budget), part in grouped(
+        sorted(scores, key=lambda score: (score.model, score.tokens)), lambda s: (s.model, s.tokens, s.rule, s.budget)
+    ).items():
+        by_task = {score.task: score for score in part}
+        every = by_task["all"]
+        line = [model, f"{tokens:,}", f"{rule} {budget or ''}".rstrip(), str(every.replies)]
+        line += [_cell(by_task[task]) if task in by_task else "" for task in tasks]
+        lines.append([*line, _cell(every), "" if every.of_dense is None else f"{every.of_dense:.0%}"])
+    names = [task.replace("_", " ") for task in tasks]
+    return ["model", "tokens", "rule", "replies", *names, "all", "of dense"], lines
 
 
 def _cell(score: TaskScore) -> str:
-    error = "" if score.se is None else f" ± {score.se:.2f}"
-    share = "" if score.rule == "dense" or score.of_dense is None else f" ({score.of_dense:.0%})"
-    return f"{score.score:.2f}{error}{share}"
+    return f"{score.score:.2f}" + (f" ± {score.se:.2f}" if score.se is not None else "")
 
 
 def mean_gap(rows: Sequence[Row]) -> tuple[float, float]:
