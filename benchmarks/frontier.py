@@ -1,11 +1,12 @@
 """The search for a better rule: variants of HGA's rule, simulated on dense K/V, at total cost.
 
     python benchmarks/frontier.py --model FOLDER --gguf-file FILE --document FILE --tokens 16384 \\
-        --variants 'g4;g4+vote=global;g2+key_code=c3+value_size=16' --budget 1/32 [--errors]
+        --variants 'g4;g4+vote=global;t2;quest' --budget 1/32 [--errors]
 
 One JSON line a variant: gap to dense in nats (second half), attended and fetched shares, summary bytes over bytes of
 16-bit K/V. With --errors no losses but, from one dense reading, each layer's output error: quick, for a first look.
-A variant is a base (`BASES`, a preset, or a peer's rule) with changes of fields behind plus signs.
+A variant is a base (of `BASES`, or a preset) with changes of fields behind plus signs, or another system's rule.
+`variants/` holds lists of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import hga
 from hga.config import PRESETS
 from hga.evals.nll import evaluate_nll
 from hga.evals.recall import measure_recall
+from hga.evals.rules.peers import PEERS
 from hga.evals.rules.simulated import SimulatedRule
 from hga.evals.rules.tile import Attended, Tile
 from hga.ops.ordering import content_order
@@ -52,10 +54,10 @@ class Variant(SimulatedRule):
     "global" adds shares of the whole attention, sink and window included; "max" takes the largest of those;
     "turns": heads name their best in turn; "head": each head chooses for itself. pool: "layer" lets the KV heads of a
     layer share one budget.
-    gain: what a group is chosen by: "mass", or mass times the spread of its "key"s, "value"s or "both"; one more
-    byte a group each. lift: the far field's mass is raised by half the variance of its logits, as the spread of keys
-    tells it, at most this many nats. top_p: no more groups are opened
-    once this share of the attention is exact, as the summaries tell. node_size, overselection: as in HGAConfig.
+    gain: what a group is chosen by: "mass", or mass times the spread of its "key"s, "value"s or "both"; counted as one
+    more byte a group each (and kept exactly here). lift: the far field's mass is raised by half the variance of its
+    logits, as the spread of keys tells it, at most this many nats. top_p: no more groups are opened once this share of
+    the attention is exact, as the summaries tell. node_size, overselection: as in HGAConfig; 0 for one level.
     """
 
     budget_tokens: int
@@ -319,7 +321,9 @@ def parse_variant(text: str, budget: int) -> Any:
         return hga.HGAConfig.preset(name, **{"prefill": "routed", "store": "device"} | fields)
     if name in BASES:
         return Variant(**BASES[name] | fields)
-    raise ValueError(f"variant {name!r} is unknown; choose from {', '.join([*BASES, *PRESETS])}")
+    if name in PEERS and not changes:
+        return PEERS[name](budget)
+    raise ValueError(f"variant {text!r} is unknown; choose from {', '.join([*BASES, *PRESETS, *PEERS])}")
 
 
 def main() -> None:
