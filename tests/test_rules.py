@@ -376,6 +376,9 @@ def test_through_a_model(model, ids):
     most = sum(128 / (position + 1) for position in range(200, 399)) / 199
     assert 0.8 * most < small.attended <= most < small.fetched
     assert small.summary_share == 1 / 16
+    stored = 2 * 2 * 2 * 8 * 8 * 399  # layers, K and V, heads, width, float64, tokens
+    assert small.store_bytes == stored
+    assert small.device_bytes == stored // 16 + 128 * stored // 399
     assert (bits.attended, bits.budget_tokens, bits.store_bytes) == (1.0, None, 0)
     assert abs(bits.gap_nats) < 0.01 < abs(small.gap_nats)
     (blocks,) = evaluate_nll(model, ids, {"small": rules["small"]}, block_tokens=64)
