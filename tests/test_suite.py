@@ -136,7 +136,9 @@ def test_a_lost_dense_reading_is_made_again(tmp_path):
         made_suite(results).measure(units[0])
         (path,) = tmp_path.glob("*.safetensors")
         path.unlink()
+        path.with_suffix(".partial").write_bytes(b"killed while it was saved")
         run(made_suite(results), units[1:])
+    assert not list(tmp_path.glob("dense-*"))
     assert measured(read_folder(tmp_path)) == measured(whole.rows)
 
 
@@ -175,6 +177,13 @@ def test_a_folder_is_resumed_with_equal_settings_only(tmp_path):
         pass
 
 
+def test_a_folder_without_rows_takes_other_settings(tmp_path):
+    for seed in (0, 1):
+        with open_results(tmp_path, {"seed": seed}):
+            pass
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for path, why in ((tmp_path, "holds no results of hga eval"), (tmp_path / "notes.txt", "is a file")):
@@ -183,6 +192,15 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="holds no rows"):
         read_folder(tmp_path)
+
+
+def test_a_run_killed_at_its_very_beginning_leaves_no_results(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".settings.json").write_text('{"se')
+    with open_results(tmp_path, {"seed": 0}) as results:
+        assert results.rows == []
+    with open_results(tmp_path, {"seed": 0}):
+        pass
 
 
 def test_a_folder_in_use(tmp_path):
@@ -203,9 +221,11 @@ def test_an_unfinished_line_is_dropped_and_a_broken_one_is_named(tmp_path):
         (tmp_path / "rows.jsonl").write_text('{"kind": "nll"}\n' + broken)
         with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"), open_results(tmp_path, {}):
             pass
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"), open_results(tmp_path, {}):
-        pass
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for broken, why in (("{", "is not JSON"), ("[]", "holds list instead of an object")):
+        (tmp_path / "settings.json").write_text(broken)
+        with pytest.raises(ValueError, match=why), open_results(tmp_path, {}):
+            pass
 
 
 def test_no_row_with_a_number_that_json_lacks(tmp_path):
@@ -262,6 +282,17 @@ def test_a_finished_run_loads_no_model(capsys, folder, texts, monkeypatch):
     monkeypatch.setattr("hga.cli.measure.load", None)
     assert main(command(folder, texts, out, *parts)) == 0
     assert "12 of 12 rows are there already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_stretched_positions_have_a_name_of_their_own(capsys, folder, texts):
+    base = ["eval", "run", "--model", str(folder), "--document", str(texts / "novel.txt"), "--suite", "nll"]
+    base += ["--tokens", "2100", "--budget", "1/8", "--rules", "lean", "--json", "--out", str(texts / "out")]
+    assert main(base) == 2
+    assert "--rope-scaling yarn:2" in capsys.readouterr().err
+    assert main([*base, "--rope-scaling", "yarn:2"]) == 0
+    dense, lean = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert dense["model"] == lean["model"] == f"{folder.name} yarn:2"
+    assert (lean["tokens"], lean["budget_tokens"], lean["scored"]) == (2100, 262, 1049)
 
 
 def test_a_run_ends_by_minutes(capsys, folder, texts):

@@ -149,11 +149,13 @@ def _settings(options: Options, texts: Mapping[str, str]) -> Settings:
 
 
 def _label(options: Options) -> str:
-    """The model's name in rows: its file's, its folder's, or its id."""
-    if options.gguf_file is not None:
-        return Path(options.gguf_file).stem
+    """The model's name in rows: its file's, its folder's, or its id; and how its positions are stretched."""
     folder = Path(options.model).expanduser()
-    return folder.resolve().name if folder.is_dir() else options.model
+    if options.gguf_file is not None:
+        name = Path(options.gguf_file).stem
+    else:
+        name = folder.resolve().name if folder.is_dir() else options.model
+    return name if options.rope_scaling is None else f"{name} {options.rope_scaling}"
 
 
 def _names(text: str) -> list[str]:

@@ -38,8 +38,8 @@ class Results:
 def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Results]:
     """The results of a run with these settings, made or resumed; one process at a time may hold them.
 
-    A last line that a killed run left unfinished is dropped. ValueError if the folder holds something else, was made
-    with other settings (both are named), or is in use.
+    A last line that a killed run left unfinished is dropped. ValueError if the folder holds something else, rows of
+    other settings (both are named), or is in use.
     """
     if folder is None:
         yield Results()
@@ -47,7 +47,7 @@ def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[R
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the results")
     kept = folder / SETTINGS
-    if not kept.exists() and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if not kept.exists() and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no results of hga eval; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -56,13 +56,13 @@ def open_results(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[R
     except Timeout as error:
         raise ValueError(f"{folder} is in use by another run; wait for it, or name another folder") from error
     try:
-        if kept.exists():
+        _drop_unfinished_line(folder / ROWS)
+        if _read_rows(folder / ROWS):
             _check_settings(folder, settings)
         else:
-            beside = folder / (SETTINGS + ".partial")
+            beside = folder / f".{SETTINGS}"  # with a dot: a run killed here leaves nothing that looks like results
             beside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(beside, kept)
-        _drop_unfinished_line(folder / ROWS)
         yield Results(folder)
     finally:
         lock.release()
@@ -81,6 +81,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / SETTINGS} is not JSON ({error}); name another folder") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / SETTINGS} holds {type(before).__name__} instead of an object; name another folder")
     now = json.loads(json.dumps(settings))
     other = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if other:

@@ -224,7 +224,7 @@ class Suite:
         """Delete the dense readings that the folder holds for rules to come."""
         self._baseline = None
         if self._results.folder is not None:
-            for path in self._results.folder.glob("dense-*.safetensors"):
+            for path in self._results.folder.glob("dense-*"):
                 path.unlink()
 
     def _task(self, unit: Unit, rule: Rule, progress: Callable[[int], object] | None) -> dict[str, Any]:
