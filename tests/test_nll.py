@@ -150,8 +150,8 @@ def test_resolve_rules():
 
 
 def test_resolve_rules_refuses():
-    with pytest.raises(ValueError, match="'quest' is unknown"):
-        resolve_rules(["quest"], 100)
+    with pytest.raises(ValueError, match="'quesst' is unknown"):
+        resolve_rules(["quesst"], 100)
     with pytest.raises(ValueError, match="rule 'paper' on 8192 tokens: budget_tokens=256 must be at least"):
         resolve_rules(["paper"], 8192, 1 / 32)
     for share in (0.0, -1.0, 1.5):

@@ -1,4 +1,4 @@
-"""`hga eval`: what routing loses on a document; `nll` is here, the suite in `suite.py`."""
+"""`hga eval`: what routing loses on a document; `nll` is here, the suite in `suite.py`, `recall` in `recall.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli import suite
+from hga.cli import recall, suite
 from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
 from hga.cli.output import console, emit, in_bytes, table, token_progress
 from hga.config import HGAConfig
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from hga.evals.nll import RuleScore
 
 app = typer.Typer()
-
-
+app.command("recall")(recall.recall)
 app.command("tasks")(suite.tasks)
 app.command("generate")(suite.generate)
 app.command("run")(suite.run)
@@ -36,7 +35,7 @@ def nll(
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Read the first N tokens of it.")] = 8192,
     rules: Annotated[
         str,
-        typer.Option("--rules", help="Presets, dense, window (sink and window only), or names given by --config."),
+        typer.Option("--rules", help="Presets, dense, window, other systems' rules, or names given by --config."),
     ] = "dense,contiguous,balanced",
     budget: Annotated[
         str | None,

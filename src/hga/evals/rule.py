@@ -12,6 +12,8 @@ from transformers import DynamicCache
 import hga
 from hga.cache.families import routed_layers
 from hga.config import PRESETS, HGAConfig
+from hga.evals.rules.peers import PEERS
+from hga.evals.rules.simulated import SimulatedRule, check_simulated
 
 
 @runtime_checkable
@@ -68,6 +70,8 @@ def check_rules(model: Any, rules: Iterable[Rule]) -> None:
     for rule in rules:
         if isinstance(rule, HGAConfig):
             routed_layers(model.config.get_text_config(decoder=True), rule)
+        elif isinstance(rule, SimulatedRule):
+            check_simulated(model.config)
 
 
 def reset_counters(cache: DynamicCache) -> None:
@@ -100,8 +104,9 @@ def resolve_rules(
 ) -> dict[str, Rule]:
     """The named rules for a document of `tokens` tokens, "dense" (None) first.
 
-    names: "dense", "window" (sink and window only), presets, or keys of `own`. fraction: the budget as a
-    share of `tokens`; without it each config keeps its own. Every rule routes from the first token on.
+    names: "dense", "window" (sink and window only), presets, other systems' rules (`PEERS`), or keys of `own`.
+    fraction: the budget as a share of `tokens`; without it each config keeps its own, and the other systems have
+    that of the defaults. Every rule routes from the first token on.
     ValueError for an unknown rule, a fraction outside (0, 1], or a budget that a rule cannot work with.
     """
     if fraction is not None and not 0 < fraction <= 1:
@@ -113,11 +118,13 @@ def resolve_rules(
     for name in names:
         if name == "dense":
             continue
-        if name not in bases:
-            raise ValueError(f"rule {name!r} is unknown; choose from dense, {', '.join(bases)}")
-        budget = bases[name].budget_tokens if fraction is None else int(fraction * tokens)
+        if name not in bases and name not in PEERS:
+            raise ValueError(f"rule {name!r} is unknown; choose from dense, {', '.join([*bases, *PEERS])}")
+        budget = bases.get(name, HGAConfig()).budget_tokens if fraction is None else int(fraction * tokens)
         try:
-            if name == "window":
+            if name in PEERS:
+                rules[name] = PEERS[name](budget)
+            elif name == "window":
                 rules[name] = _window_only(budget)
             else:
                 rules[name] = bases[name].replace(prefill="routed", dense_below=0, budget_tokens=budget)
