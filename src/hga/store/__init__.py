@@ -1,6 +1,8 @@
 """Where the archive's K/V lives. A store knows records and bytes; it knows nothing of routing."""
 
 from hga.store.memory import MemoryStore
+from hga.store.nvme import NvmeStore
 from hga.store.record import RecordLayout, Store
+from hga.store.traffic import StoreStats, Traffic
 
-__all__ = ["MemoryStore", "RecordLayout", "Store"]
+__all__ = ["MemoryStore", "NvmeStore", "RecordLayout", "Store", "StoreStats", "Traffic"]
