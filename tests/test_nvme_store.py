@@ -5,7 +5,6 @@ import gc
 import os
 import resource
 import shutil
-import subprocess
 import threading
 import time
 
@@ -156,25 +155,9 @@ def test_a_chunk_that_is_not_held_and_records_of_another_layout_are_refused():
 # ---- faults --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(folder, monkeypatch):
-    """A file system of its own with 1 MiB."""
-    place = folder / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    monkeypatch.setenv("HGA_SCRATCH", str(place))
-    monkeypatch.setattr(scratch, "_in_memory", lambda folder: False)
-    yield place
-    resources()
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("spill", [False, True])
 def test_a_full_disk_keeps_all_chunks_of_an_append_or_none(small_disk, spill):
+    place = small_disk(1 << 20)
     store, reference = NvmeStore(EVEN, 4 * EVEN.chunk_bytes, spill=spill), MemoryStore(EVEN, CPU, "ram")
     ids: list[int] = []
     given = chunks(EVEN, 5)
@@ -193,16 +176,17 @@ def test_a_full_disk_keeps_all_chunks_of_an_append_or_none(small_disk, spill):
     settle(store)
     assert_same_bytes(store, reference, ids)
     assert store.held_bytes() == held
-    used = shutil.disk_usage(small_disk).used
+    used = shutil.disk_usage(place).used
     store.release(ids[:5])
     assert store.append(*chunks(EVEN, 5)) == ids[:5]  # places that came free need no room
-    assert shutil.disk_usage(small_disk).used == used
+    assert shutil.disk_usage(place).used == used
     store.release(ids)
     gc.collect()
-    assert shutil.disk_usage(small_disk).used == 0
+    assert shutil.disk_usage(place).used == 0
 
 
 def test_a_disk_that_is_full_when_the_archive_spills_leaves_it_in_memory(small_disk):
+    place = small_disk(1 << 20)
     store, reference = NvmeStore(EVEN, 40 * EVEN.chunk_bytes, spill=True), MemoryStore(EVEN, CPU, "ram")
     given = chunks(EVEN, 40)
     ids = store.append(*given)
@@ -212,7 +196,7 @@ def test_a_disk_that_is_full_when_the_archive_spills_leaves_it_in_memory(small_d
     assert_same_bytes(store, reference, ids)
     assert store.held_bytes() == reference.held_bytes()
     gc.collect()
-    assert shutil.disk_usage(small_disk).used == 0
+    assert shutil.disk_usage(place).used == 0
 
 
 def test_a_limit_on_file_sizes_is_a_clear_error(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,8 +27,9 @@ siblings in the content tree (benchmarks/NOTES.md has the figures).
 _FIRST_CHUNKS = 16
 _GROWTH = 4  # the file grows by a quarter
 _LARGEST_GROWTH_BYTES = 256 << 20
-_BLOCK_BYTES = 4 << 20  # written, or staged, at once
-_EXTENT_PIECES = 64  # read by one call
+_BLOCK_BYTES = 8 << 20  # written, or staged, at once
+_EXTENT_PIECES = 64  # most that one call reads of scattered pieces
+_EXTENT_BYTES = 128 << 10  # and of whole chunks, so that even a few of them keep all threads busy
 
 
 class NvmeStore:
@@ -304,23 +306,18 @@ class NvmeStore:
 
     def _load(self, pieces: Any, slots: Any) -> None:
         """Fill slots with ascending pieces: neighbours in the file come by one read."""
-        buffers = [self._cache.buffer(slot) for slot in slots.tolist()]
-        offsets: list[int] = []
-        targets: list[list[memoryview]] = []
-        last = -2
-        for piece, buffer in zip(pieces.tolist(), buffers, strict=True):
-            if (waiting := self._waiting(piece // self._pieces)) is not None:
-                start = piece % self._pieces * self._piece_bytes
-                buffer[:] = memoryview(waiting)[start : start + self._piece_bytes]
-                last = -2
-                continue
-            if piece == last + 1 and len(targets[-1]) < _EXTENT_PIECES:
-                targets[-1].append(buffer)
-            else:
-                offsets.append(piece * self._piece_bytes)
-                targets.append([buffer])
-            last = piece
-        self._read(offsets, targets)
+        if self._writer is not None and self._writer.busy:
+            on_file = np.ones(len(pieces), bool)
+            for index, (piece, buffer) in enumerate(zip(pieces.tolist(), self._cache.buffers(slots), strict=True)):
+                if (waiting := self._waiting(piece // self._pieces)) is not None:
+                    start = piece % self._pieces * self._piece_bytes
+                    buffer[:] = memoryview(waiting)[start : start + self._piece_bytes]
+                    on_file[index] = False
+            pieces, slots = pieces[on_file], slots[on_file]
+        begins = np.flatnonzero((np.diff(pieces, prepend=-2) != 1) | (pieces % _EXTENT_PIECES == 0))
+        edges = [*begins.tolist(), len(pieces)]
+        buffers = self._cache.buffers(slots)
+        self._read((pieces[begins] * self._piece_bytes).tolist(), [buffers[a:b] for a, b in pairwise(edges)])
 
     def _gather(self, ids: list[int], rows: Any) -> None:
         """Copy whole chunks to rows (n, stride) of page-aligned memory: from the cache, the queue or the file."""
@@ -332,8 +329,10 @@ class NvmeStore:
             elif (waiting := self._waiting(chunk)) is not None:
                 rows[index] = waiting
             else:
-                offsets.append(chunk * self._stride)
-                targets.append([memoryview(rows[index])])
+                raw = memoryview(rows[index])
+                for start in range(0, self._stride, _EXTENT_BYTES):
+                    offsets.append(chunk * self._stride + start)
+                    targets.append([raw[start : start + _EXTENT_BYTES]])
         self._read(offsets, targets)
 
     def _waiting(self, chunk: int) -> Any:

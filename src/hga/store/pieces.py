@@ -86,9 +86,10 @@ class PieceCache:
         tables = (self._slot_of, self._piece_of, self._used)
         return self._fresh * self.piece_bytes + sum(int(table.nbytes) for table in tables)
 
-    def buffer(self, slot: int) -> memoryview:
-        """The memory of a slot."""
-        return self._raw[slot * self.piece_bytes : (slot + 1) * self.piece_bytes]
+    def buffers(self, slots: Any) -> list[memoryview]:
+        """The memory of slots."""
+        raw, size = self._raw, self.piece_bytes
+        return [raw[start : start + size] for start in (slots * size).tolist()]
 
     def _choose(self, count: int) -> Any:
         """The longest unused of the slots behind the hand; none that the batch uses."""

@@ -148,6 +148,11 @@ class WriteBehind:
         """A chunk is not needed any more."""
         self._blocks.pop(chunk, None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are chunks that are not in the file yet."""
+        return bool(self._blocks)
+
     def cancel(self) -> None:
         """Write nothing more."""
         self._cancelled = True
