@@ -152,6 +152,16 @@ def test_a_chunk_that_is_not_held_and_records_of_another_layout_are_refused():
     assert not store.gpu_readable
 
 
+def test_what_is_abandoned_goes_at_the_next_call():
+    store = NvmeStore(EVEN, 1)
+    ids = store.append(*chunks(EVEN, 3))
+    store.abandon(ids[:2])
+    assert store.append(*chunks(EVEN, 1)) == ids[:1]
+    store.abandon([ids[0], ids[2]])
+    assert sum(store.held_bytes().values()) == 0
+    assert store.allocated_bytes()["nvme"] == 0
+
+
 # ---- faults --------------------------------------------------------------------------------------------
 
 

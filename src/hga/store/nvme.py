@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -62,6 +63,7 @@ class NvmeStore:
         self._chunk_bytes = layout.kv_heads * layout.groups * self._group_bytes
         self._piece_bytes = _piece_bytes(self._group_bytes, self._chunk_bytes)
         self._pieces = -(-self._chunk_bytes // self._piece_bytes)  # of a chunk; the last may be padded
+        self._abandoned: deque[int] = deque()
         self._slots = max(1, ram_cache_bytes // self._piece_bytes)
         check_host_room(self._slots * self._piece_bytes, "a layer's RAM cache of its archive (ram_cache_bytes)")
         self._empty()
@@ -81,6 +83,7 @@ class NvmeStore:
 
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
         """See `Store.append`. OSError when the disk has no room, or an earlier write behind the caller failed."""
+        self.release([])
         check_records(self.layout, records, order)
         if self._writer is not None and self._writer.error is not None:
             raise self._writer.error
@@ -166,20 +169,25 @@ class NvmeStore:
 
     def release(self, ids: list[int]) -> None:
         """See `Store.release`. With the last chunk the file goes."""
-        for chunk in ids:
+        for chunk in (*(self._abandoned.popleft() for _ in range(len(self._abandoned))), *ids):
             self._holders[self._held(chunk)] -= 1
             if not self._holders[chunk]:
                 del self._holders[chunk]
                 self._free.append(chunk)
                 self._drop([chunk])
         self._free.sort(reverse=True)
-        if not self._holders:
+        if not self._holders and self._capacity:
             if self._writer is not None:
                 self._writer.cancel()
             self._empty()
 
+    def abandon(self, ids: list[int]) -> None:
+        """`release` for a finalizer, which may run in the middle of any call: it takes effect at a later one."""
+        self._abandoned.extend(ids)
+
     def held_bytes(self) -> dict[str, int]:
         """See `Store.held_bytes`. What the RAM cache holds besides is not counted twice."""
+        self.release([])
         held = len(self._holders)
         order_bytes = held * self.layout.order_bytes
         if self._writer is None:
