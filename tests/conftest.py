@@ -1,7 +1,11 @@
 """What all tests share: few threads, derandomised property tests, kernels interpreted without a GPU."""
 
+import gc
 import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,3 +62,27 @@ def recorded_layer(default_model: tuple[Any, Any]) -> Any:
     finally:
         model.set_attn_implementation("sdpa")
     return SimpleNamespace(layer_idx=12, **recorded)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
+    """small_disk(bytes): a file system of its own for scratch files. Skips where mounting is not permitted."""
+    from hga.store import scratch
+
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted: list[Path] = []
+
+    def mount(size_bytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(place)
+        monkeypatch.setenv("HGA_SCRATCH", str(place))
+        monkeypatch.setattr(scratch, "_in_memory", lambda folder: False)
+        return place
+
+    yield mount
+    gc.collect()
+    for held in mounted:
+        subprocess.run(["umount", "--lazy", str(held)], check=True)

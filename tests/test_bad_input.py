@@ -84,7 +84,7 @@ def new_cache(model: PreTrainedModel) -> HGACache:
         ({"sink_tokens": -1}, "sink_tokens=-1 must be at least 0"),
         ({"window_tokens": 3}, "window_tokens=3 must be at least group_size=4"),
         ({"ordering": "random"}, "ordering='random' must be one of content, position"),
-        ({"store": "nvme"}, "store='nvme' must be one of ram, device"),
+        ({"store": "disk"}, "store='disk' must be one of ram, device, nvme, auto"),
         ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8': .*not built yet; use kv_dtype='model'"),

@@ -119,6 +119,26 @@ def test_generate_json_routes(capsys, folder, document):
     assert row["cache"]["store_bytes"] > 0
 
 
+def test_generate_from_nvme_writes_the_same_and_tells_what_it_read(capsys, folder, document, tmp_path, monkeypatch):
+    monkeypatch.setenv("HGA_SCRATCH", str(tmp_path))
+    command = ["generate", "--model", str(folder), "--prompt-file", str(document), "--budget", "100", "--json"]
+    assert main([*command, "--max-new-tokens", "4"]) == 0
+    (from_ram,) = rows(capsys)
+    assert main([*command, "--max-new-tokens", "4", "--store", "nvme", "--ram-cache-gb", "0.00001"]) == 0
+    (from_nvme,) = rows(capsys)
+    assert from_nvme["text"] == from_ram["text"]
+    assert from_ram["cache"]["storage"] is None
+    assert from_nvme["cache"]["storage"]["written_bytes"] + from_nvme["cache"]["storage"]["queued_bytes"] > 0
+    command = ["generate", "--model", folder, "--prompt", "a"]
+    assert "ram_cache_bytes" in refused(capsys, *command, "--ram-cache-gb", 1)
+    assert "--ram-cache-gb 0.0 must be above 0" in refused(capsys, *command, "--store", "nvme", "--ram-cache-gb", 0)
+    assert "store='disk' must be one of ram, device, nvme, auto" in refused(capsys, *command, "--store", "disk")
+    monkeypatch.setenv("HGA_SCRATCH", str(tmp_path / "missing"))
+    command = ["generate", "--model", folder, "--prompt-file", document, "--budget", 100, "--store", "nvme"]
+    assert main([str(part) for part in command]) == 2
+    assert "cannot make a scratch file" in capsys.readouterr().err
+
+
 def test_generate_beyond_the_positions(capsys, folder):
     long = ["generate", "--model", folder, "--prompt", "x" * 2040, "--max-new-tokens", 9]
     assert "--rope-scaling yarn:2" in refused(capsys, *long)

@@ -138,3 +138,19 @@ def test_a_config_file_is_read(tmp_path):
 def test_row_is_json():
     made = plan(tiny_config(), SMALL, 500)
     assert set(json.loads(json.dumps(made.row()))) == {field.name for field in dataclasses.fields(made)}
+
+
+def test_nvme_is_counted_apart_from_host_memory():
+    needs = find_config("smollm2-135m")
+    in_ram = plan(needs, SMALL, 8000)
+    assert (in_ram.host_bytes, in_ram.nvme_bytes) == (in_ram.store_bytes, 0)
+    on_nvme = plan(needs, SMALL.replace(store="nvme", ram_cache_bytes=1 << 20), 8000)
+    order_bytes = on_nvme.store_bytes - on_nvme.nvme_bytes
+    assert on_nvme.store_bytes == in_ram.store_bytes
+    assert 0 < order_bytes < on_nvme.nvme_bytes // 10
+    assert on_nvme.host_bytes == order_bytes + (1 << 20)
+    assert on_nvme.peak_bytes == in_ram.peak_bytes
+    assert plan(needs, SMALL.replace(store="auto", ram_cache_bytes=1 << 20), 8000).nvme_bytes == on_nvme.nvme_bytes
+    fits = plan(needs, SMALL.replace(store="auto", ram_cache_bytes=1 << 32), 8000)
+    assert (fits.host_bytes, fits.nvme_bytes) == (fits.store_bytes, 0)
+    assert plan(needs, SMALL.replace(store="device"), 8000).host_bytes == 0

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "summary_dtype": ("auto", "model", "float32", "bfloat16", "float16", "fp8"),
     "kv_dtype": ("model", "int8", "fp8"),
     "prefill": ("auto", "exact", "routed"),
-    "store": ("ram", "device"),
+    "store": ("ram", "device", "nvme", "auto"),
 }
 
 
@@ -49,7 +49,10 @@ class HGAConfig:
         exact in a forward of 512 tokens or more, which is faster there.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
-    store: "ram" (host memory) or "device" (beside the model).
+    store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or
+        "auto": host memory until the archive outgrows the RAM cache, then as "nvme".
+    ram_cache_bytes: host memory of that cache, all layers together (at least a chunk a layer is taken); by default
+        half of what is free when the first chunk closes.
     block_tokens: a long prompt is fed to the model in blocks of this many tokens.
     """
 
@@ -69,7 +72,8 @@ class HGAConfig:
     prefill: Literal["auto", "exact", "routed"] = "auto"
     dense_below: int = 0
     dense_layers: tuple[int, ...] = ()
-    store: Literal["ram", "device"] = "ram"
+    store: Literal["ram", "device", "nvme", "auto"] = "ram"
+    ram_cache_bytes: int | None = None
     block_tokens: int = 4096
 
     def __post_init__(self) -> None:
@@ -143,6 +147,9 @@ class HGAConfig:
             least = 0 if name in ("sink_tokens", "dense_below") else 1
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        cache = self.ram_cache_bytes
+        if cache is not None and (isinstance(cache, bool) or not isinstance(cache, int)):
+            raise TypeError(f"ram_cache_bytes={cache!r} must be an integer number of bytes, or None")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
@@ -195,6 +202,14 @@ class HGAConfig:
                 "summary='mixed_rope' rotates keys to the middle of consecutive positions: it needs "
                 f"ordering='position', got {self.ordering!r}"
             )
+        if self.ram_cache_bytes is not None:
+            if self.store not in ("nvme", "auto"):
+                raise ValueError(
+                    f"ram_cache_bytes={self.ram_cache_bytes} has no meaning with store={self.store!r}; it is the RAM "
+                    "cache of store='nvme' and 'auto'"
+                )
+            if self.ram_cache_bytes < 1:
+                raise ValueError(f"ram_cache_bytes={self.ram_cache_bytes} must be at least 1; None takes the default")
         if self.kv_dtype != "model":
             raise ValueError(
                 f"kv_dtype={self.kv_dtype!r}: quantised K/V (one scale a row) is laid out but not built yet; "

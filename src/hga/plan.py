@@ -35,8 +35,9 @@ class Plan:
     the routed layers; other_cache_bytes (layers that are not routed); working_bytes (K/V fetched at once);
     buffer_bytes (activations of a block and scores, an estimate); runtime_bytes (the CUDA context, assumed);
     peak_bytes, their sum, or what the densely read beginning needs where that is more. In the store:
-    store_bytes. Instead of all that, dense K/V would need dense_kv_bytes (16 bits) on the GPU, or
-    dense_kv_8bit_bytes, dense_kv_4bit_bytes (scales not counted). With gpu_bytes given: whether each fits,
+    store_bytes: host_bytes in host memory (with store="nvme" or "auto" permutations and a RAM cache of the given
+    size) and nvme_bytes in a scratch file. Instead of all that, dense K/V would need dense_kv_bytes (16 bits) on the
+    GPU, or dense_kv_8bit_bytes, dense_kv_4bit_bytes (scales not counted). With gpu_bytes given: whether each fits,
     and longest_context, the longest that fits with HGA (0 if none does).
     """
 
@@ -46,7 +47,10 @@ class Plan:
     layers: int
     routed_layers: tuple[int, ...]
     kv_dtype: str
+    store: str
     store_bytes: int
+    host_bytes: int
+    nvme_bytes: int
     summary_bytes: int
     window_bytes: int
     other_cache_bytes: int
@@ -139,7 +143,10 @@ def plan(
         layers=len(needs.cache_layers),
         routed_layers=needs.routed,
         kv_dtype=str(needs.kv_dtype).removeprefix("torch."),
+        store=hga_config.store,
         store_bytes=needs.store(context),
+        host_bytes=needs.host(context),
+        nvme_bytes=needs.nvme(context),
         summary_bytes=needs.summaries(context),
         window_bytes=needs.window(context),
         other_cache_bytes=needs.other_caches(context),
@@ -206,6 +213,20 @@ class _Needs:
     def store(self, context: int) -> int:
         layout = record_layout(self.config, self.decoder.num_key_value_heads, self.head_dim, self.kv_dtype)
         return archive_bytes(self.config, layout, len(self.routed), context)
+
+    def nvme(self, context: int) -> int:
+        """Records in the scratch file; with "auto" only if they outgrow a given RAM cache."""
+        records = self.archived(context) * len(self.routed) * self.row_bytes
+        cache = self.config.ram_cache_bytes
+        spilled = self.config.store == "nvme" or (self.config.store == "auto" and cache and records > cache)
+        return records if spilled else 0
+
+    def host(self, context: int) -> int:
+        """The store's share of host memory; a RAM cache without a given size is not known beforehand."""
+        nvme, stored = self.nvme(context), self.store(context)
+        if self.config.store == "device":
+            return 0
+        return stored - nvme + min(nvme, self.config.ram_cache_bytes or 0)
 
     def summaries(self, context: int) -> int:
         token = summary_bytes_per_token(self.config, self.head_dim, self.kv_dtype)

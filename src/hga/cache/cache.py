@@ -21,7 +21,9 @@ from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
+from hga.store import StoreStats
 from hga.store.host import check_host_room
+from hga.store.traffic import add_up
 
 if TYPE_CHECKING:
     from hga.cache.saved import Report, SavedContext
@@ -40,7 +42,8 @@ class CacheStats:
     sum, plus the archive when store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed
     layers would take. summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of
     the context attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate:
-    share of the groups that decoding kernels found cached beside the model, 0 where none has run.
+    share of the groups that decoding kernels found cached beside the model, 0 where none has run. storage: reads,
+    writes and RAM hits of an archive on NVMe, all layers added up; None for other stores.
     """
 
     tokens: int
@@ -55,6 +58,7 @@ class CacheStats:
     attended: float
     fetched: float
     hit_rate: float
+    storage: StoreStats | None = None
 
 
 class HGACache(DynamicCache):
@@ -101,6 +105,7 @@ class HGACache(DynamicCache):
         queries = sum(layer.counters.queries for layer in layers)
         started = next((layer for layer in layers if layer.is_initialized), None)
         width = 0 if started is None else 2 * started.shape.head_dim * started.dtype.itemsize
+        files = [counted for layer in layers if (counted := layer.store_traffic()) is not None]
         share = 0.0
         if started is not None:
             share = summary_bytes_per_token(self.hga_config, started.shape.head_dim, started.dtype) / width
@@ -117,6 +122,7 @@ class HGACache(DynamicCache):
             attended=sum(layer.counters.attended for layer in layers) / max(1, queries),
             fetched=sum(layer.counters.fetched for layer in layers) / max(1, queries),
             hit_rate=hits / max(1, asked),
+            storage=add_up(files) if files else None,
         )
 
     def reset_counters(self) -> None:
@@ -305,10 +311,17 @@ class HGACache(DynamicCache):
         self.decoding = Decoding()
         self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        for index in routed_layers(decoder, self.hga_config):
+        routed = routed_layers(decoder, self.hga_config)
+        for index in routed:
             frequencies = inverse_frequencies(decoder, index) if self.hga_config.summary == "mixed_rope" else None
             shape = LayerShape(
-                decoder.num_key_value_heads, decoder.num_attention_heads, head_dim, limit, frequencies, decoder
+                kv_heads=decoder.num_key_value_heads,
+                query_heads=decoder.num_attention_heads,
+                head_dim=head_dim,
+                position_limit=limit,
+                inverse_frequencies=frequencies,
+                model_config=decoder,
+                routed_layers=len(routed),
             )
             self.layers[index] = HGALayer(self.hga_config, index, shape, self._handshake, self.decoding)
 

@@ -18,7 +18,8 @@ from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.config import HGAConfig
 from hga.ops.precision import Rows
-from hga.store import MemoryStore, RecordLayout, Store
+from hga.store import MemoryStore, NvmeStore, RecordLayout, Store, Traffic
+from hga.store.host import GIB, available_host_bytes
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,7 +40,10 @@ class Handshake:
 
 @dataclass
 class LayerShape:
-    """What the model's config promises of a layer's K/V, checked against what arrives."""
+    """What the model's config promises of a layer's K/V, checked against what arrives.
+
+    routed_layers: how many share what there is of host memory.
+    """
 
     kv_heads: int
     query_heads: int
@@ -47,6 +51,7 @@ class LayerShape:
     position_limit: int | None
     inverse_frequencies: Tensor | None = field(repr=False, default=None)
     model_config: Any = field(repr=False, default=None)
+    routed_layers: int = 1
 
 
 class HGALayer(CacheLayerMixin):
@@ -88,7 +93,9 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        open_store = functools.partial(_open_store, self.hga_config.store, self.device, self._stores)
+        open_store = functools.partial(
+            _open_store, self.hga_config, self.device, self.shape.routed_layers, self._stores
+        )
         self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
@@ -322,6 +329,10 @@ class HGALayer(CacheLayerMixin):
         """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
 
+    def store_traffic(self) -> Traffic | None:
+        """What an archive on NVMe has read and written; None for other tiers, and before the first closed chunk."""
+        return next((store.traffic for store in self._stores if isinstance(store, NvmeStore)), None)
+
     def cached_bytes(self) -> int:
         """Bytes of archive groups cached beside the model for decoding."""
         return 0 if self._decoder is None else self._decoder.cached_bytes()
@@ -431,10 +442,17 @@ class HGALayer(CacheLayerMixin):
             )
 
 
-def _open_store(tier: str, device: torch.device, opened: list[Store], layout: RecordLayout) -> Store:
+def _open_store(
+    config: HGAConfig, device: torch.device, layers: int, opened: list[Store], layout: RecordLayout
+) -> Store:
     """The store that a layer's rows share. It is no method: rows that knew their layer would be a cycle with it,
     and a dropped cache's memory would wait for the garbage collector.
     """
     if not opened:
-        opened.append(MemoryStore(layout, torch.device("cpu") if tier == "ram" else device, tier))
+        if config.store in ("nvme", "auto"):
+            ram_bytes = config.ram_cache_bytes or (available_host_bytes() or 2 * GIB) // 2
+            share = max(layout.chunk_bytes, ram_bytes // layers)
+            opened.append(NvmeStore(layout, share, spill=config.store == "auto"))
+        else:
+            opened.append(MemoryStore(layout, torch.device("cpu") if config.store == "ram" else device, config.store))
     return opened[0]

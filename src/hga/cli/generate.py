@@ -18,7 +18,9 @@ from hga.cli.options import (
     Json,
     Model,
     Preset,
+    RamCache,
     Rope,
+    Store,
     load,
     read_text,
     routing,
@@ -47,6 +49,8 @@ def generate(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    store: Store = "ram",
+    ram_cache_gb: RamCache = None,
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
     rope_scaling: Rope = None,
@@ -64,7 +68,7 @@ def generate(
     text = _one_prompt(prompt, prompt_file)
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
-    config = routing(preset, budget)
+    config = routing(preset, budget, ram_cache_gb, store=store)
     if context is not None:
         config = _context_config(context, config, chat)
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)

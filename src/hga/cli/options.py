@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,18 @@ Budget = Annotated[
     int | None,
     typer.Option("--budget", metavar="N", help="Exact tokens a query, instead of the preset's own number."),
 ]
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="S",
+        help="Where old K/V live: ram, device, nvme (a scratch file in HGA_SCRATCH), or auto: ram, nvme beyond it.",
+    ),
+]
+RamCache = Annotated[
+    float | None,
+    typer.Option("--ram-cache-gb", metavar="G", help="Host memory for K/V with --store nvme or auto, in GiB."),
+]
 Rope = Annotated[
     str | None,
     typer.Option(
@@ -44,8 +57,12 @@ Dtype = Annotated[
 ]
 
 
-def routing(preset: str, budget: int | None, **changes: Any) -> HGAConfig:
-    """The preset with its budget replaced if one is given. ValueError as `HGAConfig.preset`."""
+def routing(preset: str, budget: int | None, ram_cache_gb: float | None = None, **changes: Any) -> HGAConfig:
+    """The preset with its budget and RAM cache replaced if given. ValueError as `HGAConfig.preset`."""
+    if ram_cache_gb is not None:
+        if not 0 < ram_cache_gb < math.inf:
+            raise ValueError(f"--ram-cache-gb {ram_cache_gb} must be above 0")
+        changes["ram_cache_bytes"] = max(1, int(ram_cache_gb * 2**30))
     if budget is not None:
         changes["budget_tokens"] = budget
     return HGAConfig.preset(preset, **changes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli.options import Budget, Json, Preset, routing
+from hga.cli.options import Budget, Json, Preset, RamCache, Store, routing
 from hga.cli.output import console, emit, in_bytes, messages, say, table
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def plan(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    store: Store = "ram",
+    ram_cache_gb: RamCache = None,
     weight_bits: Annotated[
         float | None,
         typer.Option("--weight-bits", metavar="B", help="Width of quantised weight matrices, e.g. 8 or 4.5."),
@@ -51,7 +53,7 @@ def plan(
 
     Example: hga plan --model Qwen3-30B-A3B --context 262144 --gpu-gb 40 --weight-bits 8
     """
-    config = routing(preset, budget)
+    config = routing(preset, budget, ram_cache_gb, store=store)
     with messages.status("counting ..."):
         from hga.plan import GIB, find_config
         from hga.plan import plan as make_plan
@@ -76,7 +78,12 @@ def _show(model: str, plan: Plan, rule: str) -> None:
         with_hga.add_row(name, in_bytes(getattr(plan, field)))
     with_hga.add_section()
     with_hga.add_row("peak GPU memory", in_bytes(plan.peak_bytes), style="bold")
-    with_hga.add_row("in the store, not on the GPU", in_bytes(plan.store_bytes))
+    if plan.store == "device":
+        with_hga.add_row("of it, the archive", in_bytes(plan.store_bytes))
+    else:
+        with_hga.add_row("in host memory, not on the GPU", in_bytes(plan.host_bytes))
+    if plan.nvme_bytes:
+        with_hga.add_row("in the scratch file", in_bytes(plan.nvme_bytes))
     console.print(with_hga)
     console.print(f"Routed: layers {_ranges(plan.routed_layers)} of {plan.layers}.")
 

@@ -2,6 +2,8 @@
 
 from hga.store.lazy import LazyStore
 from hga.store.memory import MemoryStore
+from hga.store.nvme import NvmeStore
 from hga.store.record import RecordLayout, Store
+from hga.store.traffic import StoreStats, Traffic
 
-__all__ = ["LazyStore", "MemoryStore", "RecordLayout", "Store"]
+__all__ = ["LazyStore", "MemoryStore", "NvmeStore", "RecordLayout", "Store", "StoreStats", "Traffic"]

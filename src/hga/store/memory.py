@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hga.store.host import allocate_host, check_host_room
-from hga.store.record import RecordLayout
+from hga.store.record import RecordLayout, check_records
 
 _FIRST_SEGMENT_CHUNKS = 16
 _GROWTH = 4  # a segment adds a quarter: page-locking costs time a byte, so slack costs twice
@@ -55,7 +55,7 @@ class MemoryStore:
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
         """See `Store.append`."""
         self.release([])
-        self._check(records, order)
+        check_records(self.layout, records, order)
         if (missing := len(records) - len(self._free)) > 0:
             self._grow(missing, records.device)
         first = len(self._free) - len(records)
@@ -261,19 +261,6 @@ class MemoryStore:
         if chunk not in self._holders:
             raise KeyError(f"chunk {chunk} is not held by this store; it was released or never appended")
         return chunk
-
-    def _check(self, records: Tensor, order: Tensor | None) -> None:
-        layout = self.layout
-        if tuple(records.shape[1:]) != layout.shape or records.dtype != layout.dtype:
-            raise ValueError(
-                f"records of shape {tuple(records.shape[1:])} and {records.dtype} do not fit this store's "
-                f"layout {layout.shape} and {layout.dtype}"
-            )
-        if (order is not None) != layout.ordered:
-            raise ValueError(f"this store's layout has ordered={layout.ordered}; order was {order is not None}")
-        expected = (len(records), layout.kv_heads, layout.tokens)
-        if order is not None and tuple(order.shape) != expected:
-            raise ValueError(f"order of shape {tuple(order.shape)} does not fit these records: expected {expected}")
 
 
 def _plain(numbers: Tensor) -> Any:

@@ -59,6 +59,20 @@ class RecordLayout:
         return keys.flatten(2, 3), values.flatten(2, 3)
 
 
+def check_records(layout: RecordLayout, records: Tensor, order: Tensor | None) -> None:
+    """ValueError if records (N, Hkv, G, 2, g, D) and permutations (N, Hkv, C) are not of this layout."""
+    if tuple(records.shape[1:]) != layout.shape or records.dtype != layout.dtype:
+        raise ValueError(
+            f"records of shape {tuple(records.shape[1:])} and {records.dtype} do not fit this store's "
+            f"layout {layout.shape} and {layout.dtype}"
+        )
+    if (order is not None) != layout.ordered:
+        raise ValueError(f"this store's layout has ordered={layout.ordered}; order was {order is not None}")
+    expected = (len(records), layout.kv_heads, layout.tokens)
+    if order is not None and tuple(order.shape) != expected:
+        raise ValueError(f"order of shape {tuple(order.shape)} does not fit these records: expected {expected}")
+
+
 class Store(Protocol):
     """The archive of one layer: immutable, reference-counted chunks, addressed by id.
 

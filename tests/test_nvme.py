@@ -1,0 +1,248 @@
+"""Archives on NVMe through the cache: the same tokens and logits bit for bit, and nothing left of a run."""
+
+import copy
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import families
+import pytest
+import test_parity
+import torch
+from tiny_model import tiny_model
+
+import hga
+from hga import HGACache, HGAConfig
+from hga.store import NvmeStore
+
+SCENARIOS = {
+    name: getattr(test_parity, name) for name in ("plain", "batch", "beam", "assisted", "prompt_lookup", "crop")
+}
+RULES = {
+    "one level": test_parity.SMALL,
+    "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4),
+    "by position": test_parity.SMALL.replace(ordering="position", prefill="auto"),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HGA_SCRATCH", str(tmp_path))
+    return tmp_path
+
+
+def multi_turn(name, model):
+    """Three turns on one cache."""
+    cache, ids = None, families.prompt(150)
+    for turn in range(3):
+        ids = torch.cat([ids, families.prompt(40, seed=turn + 1)], 1)
+        outcome = test_parity.generate(model, ids, **({} if cache is None else {"past_key_values": cache}))
+        cache, ids = outcome.cache, outcome.tokens
+    return outcome
+
+
+SCENARIOS["multi_turn"] = multi_turn
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_cache_size_gives_the_bits_of_ram(scenario, rule):
+    model = families.shared("qwen3")
+    with hga.enabled(model, RULES[rule]):
+        reference = SCENARIOS[scenario]("qwen3", model)
+    for store, cache_bytes in (("nvme", 1), ("nvme", 1 << 16), ("nvme", None), ("auto", 1 << 16), ("auto", None)):
+        with hga.enabled(model, RULES[rule].replace(store=store, ram_cache_bytes=cache_bytes)):
+            ours = SCENARIOS[scenario]("qwen3", model)
+        assert torch.equal(ours.tokens, reference.tokens)
+        assert torch.equal(ours.logits, reference.logits)
+        stats = ours.cache.stats()
+        assert stats.store_bytes == reference.cache.stats().store_bytes > 0
+        assert stats.storage is not None
+        spilled = store == "nvme" or cache_bytes is not None
+        assert (stats.storage.written_bytes + stats.storage.queued_bytes > 0) == spilled
+
+
+@pytest.mark.weights
+def test_the_default_model_writes_the_same_from_ram_and_from_nvme(default_model):
+    model, tokenizer = default_model
+    text = (Path(hga.__file__).parent / "data" / "thursday.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :900]
+    written, logits = {}, {}
+    for name, changes in {
+        "ram": {},
+        "nvme": {"ram_cache_bytes": 1 << 20},
+        "auto": {"ram_cache_bytes": 1 << 24},
+    }.items():
+        config = HGAConfig(budget_tokens=256, prefill="routed", store=name, **changes)
+        with hga.enabled(model, config):
+            out = test_parity.generate(model, ids, max_new_tokens=4, pad_token_id=0)
+        written[name], logits[name] = out.tokens, out.logits
+        if name == "nvme":
+            stats = out.cache.stats().storage
+            assert stats.read_operations > 0
+            assert 0 < stats.ram_hit_rate < 1
+    assert torch.equal(written["nvme"], written["ram"])
+    assert torch.equal(logits["nvme"], logits["ram"])
+
+
+# ---- faults --------------------------------------------------------------------------------------------
+
+TINY = HGAConfig(
+    chunk_size=32, group_size=4, node_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed"
+)
+
+
+@torch.no_grad()
+def read(model, cache, ids):
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+def test_a_full_disk_during_prefill_is_a_clear_error_and_the_cache_can_be_read_again(small_disk):
+    small_disk(256 << 10)
+    model, ids = tiny_model(), torch.arange(1, 401)[None] % 250
+    config = TINY.replace(store="nvme", ram_cache_bytes=1)
+
+    def read_on(cache):
+        for _ in range(4):
+            read(model, cache, ids)
+
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        with pytest.raises(OSError, match="no room for 4,096 bytes more"):
+            read_on(cache)
+        assert cache.stats().store_bytes > 200_000
+        with pytest.raises(RuntimeError, match="interrupted"):
+            read(model, cache, ids)
+        cache.reset()
+        again = read(model, cache, ids)
+    with hga.enabled(model, TINY):
+        assert torch.equal(again, read(model, HGACache(config=model.config, hga_config=TINY), ids))
+
+
+def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
+    model, ids = tiny_model(), torch.arange(1, 401)[None] % 250
+    config = TINY.replace(store="nvme", ram_cache_bytes=1)
+
+    def preadv(descriptor, buffers, offset):
+        raise OSError(5, os.strerror(5))
+
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        read(model, cache, ids)
+        for layer in cache.routed:
+            wait_for(lambda store=layer._stores[0]: not store.traffic.queued_bytes)
+            layer._stores[0]._reader._preadv = preadv
+        with pytest.raises(OSError, match="Input/output error"):
+            read(model, cache, ids[:, :1])
+        with pytest.raises(RuntimeError, match="interrupted"):
+            read(model, cache, ids[:, :1])
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(5e-3)
+
+
+def held_files(pid="self"):
+    """Names behind a process's file descriptors."""
+    names = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            names.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+        except OSError:  # the listing's own
+            continue
+    return names
+
+
+def test_a_killed_run_leaves_no_scratch(folder):
+    program = textwrap.dedent(
+        """
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        import hga
+        from test_nvme import TINY
+        from tiny_model import tiny_model
+        model, config = tiny_model(), TINY.replace(store="nvme", ram_cache_bytes=1)
+        hga.enable(model, config)
+        cache = hga.HGACache(config=model.config, hga_config=config)
+        with torch.no_grad():
+            while True:
+                model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache, use_cache=True)
+                print("read", flush=True)
+                if cache.get_seq_length() > 1500:
+                    cache.reset()
+        """
+    )
+    tests = str(Path(__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", program, tests], stdout=subprocess.PIPE, text=True)
+    try:
+        for _ in range(8):
+            assert child.stdout.readline() == "read\n"
+        assert any(str(folder) in name for name in held_files(child.pid))
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_files_go_with_reset_and_with_the_cache(folder):
+    model, config = tiny_model(), TINY.replace(store="nvme", ram_cache_bytes=1)
+
+    def scratches():
+        return [name for name in held_files() if str(folder) in name]
+
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        read(model, cache, torch.ones(1, 300, dtype=torch.long))
+        assert len(scratches()) == 2  # one a layer
+        cache.reset()
+        wait_for(lambda: not scratches())
+        read(model, cache, torch.ones(1, 300, dtype=torch.long))
+        assert len(scratches()) == 2
+        gc.disable()
+        try:
+            del cache  # without the garbage collector's help
+            wait_for(lambda: not scratches())
+        finally:
+            gc.enable()
+
+
+def test_a_deep_copy_is_refused():
+    model, config = tiny_model(), TINY.replace(store="nvme")
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        read(model, cache, torch.ones(1, 300, dtype=torch.long))
+        with pytest.raises(TypeError, match="on NVMe cannot be deep-copied"):
+            copy.deepcopy(cache)
+
+
+# ---- configuration -------------------------------------------------------------------------------------
+
+
+def test_the_ram_cache_is_shared_by_the_layers():
+    model, config = tiny_model(), TINY.replace(store="nvme", ram_cache_bytes=1 << 20)
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        read(model, cache, torch.ones(1, 300, dtype=torch.long))
+    stores = [layer._stores[0] for layer in cache.routed]
+    assert all(isinstance(store, NvmeStore) for store in stores)
+    assert [store._cache.slots * store._cache.piece_bytes for store in stores] == [1 << 19] * 2
+
+
+def test_ram_cache_bytes_is_checked():
+    with pytest.raises(TypeError, match=r"ram_cache_bytes=0.5 must be an integer number of bytes"):
+        HGAConfig(store="nvme", ram_cache_bytes=0.5)
+    with pytest.raises(ValueError, match="ram_cache_bytes=0 must be at least 1"):
+        HGAConfig(store="auto", ram_cache_bytes=0)
+    with pytest.raises(ValueError, match="has no meaning with store='ram'"):
+        HGAConfig(ram_cache_bytes=1)
+    config = HGAConfig(store="auto", ram_cache_bytes=1 << 30)
+    assert HGAConfig.from_json(config.to_json()) == config
