@@ -215,13 +215,16 @@ def test_files_go_with_reset_and_with_the_cache(folder):
             gc.enable()
 
 
-def test_a_deep_copy_is_refused():
+def test_a_deep_copy_outlives_its_original():
     model, config = tiny_model(), TINY.replace(store="nvme")
-    with hga.enabled(model, config):
+    ids = torch.randint(1, 250, (1, 301))
+    with hga.enabled(model, config), torch.no_grad():
         cache = HGACache(config=model.config, hga_config=config)
-        read(model, cache, torch.ones(1, 300, dtype=torch.long))
-        with pytest.raises(TypeError, match="on NVMe cannot be deep-copied"):
-            copy.deepcopy(cache)
+        read(model, cache, ids[:, :300])
+        copied = copy.deepcopy(cache)
+        expected = model(ids[:, 300:], past_key_values=cache).logits
+        cache.reset()
+        assert torch.equal(model(ids[:, 300:], past_key_values=copied).logits, expected)
 
 
 # ---- configuration -------------------------------------------------------------------------------------

@@ -199,12 +199,6 @@ class NvmeStore:
         ram = self._cache.held_bytes + self._order.nbytes + self.traffic.queued_bytes
         return {"nvme": self._file_chunks * self._stride, "ram": ram}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """TypeError: a copy would share the file."""
-        raise TypeError(
-            "a cache whose archive is on NVMe cannot be deep-copied; crop it back, or read the prefix again"
-        )
-
     def __del__(self) -> None:
         writer: WriteBehind | None = getattr(self, "_writer", None)  # an error in __init__ leaves none
         if writer is not None:
