@@ -322,6 +322,10 @@ class HGALayer(CacheLayerMixin):
         """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
 
+    def store_identity(self) -> int:
+        """A number that forks share as long as they share a store."""
+        return id(self._stores)
+
     def cached_bytes(self) -> int:
         """Bytes of archive groups cached beside the model for decoding."""
         return 0 if self._decoder is None else self._decoder.cached_bytes()
