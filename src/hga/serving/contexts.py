@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from hga.cache import HGACache, common_prefix
 from hga.cache.saved import read_context
+from hga.config import HGAConfig
 from hga.serving.answer import usable
 
 EVERYBODY = None
@@ -99,13 +100,18 @@ class Contexts:
         return total
 
 
-def find_saved(folder: Path) -> list[SavedFile]:
-    """The saved contexts of a folder. ValueError if it is none, or holds a damaged one."""
+def find_saved(folder: Path, config: HGAConfig) -> list[SavedFile]:
+    """The saved contexts of a folder. ValueError if it is none, or holds one that is damaged or of another rule."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of saved contexts; make one with hga context save --out {folder}/NAME")
     found = []
     for path in sorted(folder.glob("*.hga")):
-        read_context(path)
+        context = read_context(path)
+        if context.config != config:
+            raise ValueError(
+                f"{path} was read by another routing rule (budget_tokens={context.config.budget_tokens}) than the one "
+                "to serve by; give its --preset and --budget (hga context info shows them), or move it elsewhere"
+            )
         with safe_open(path, "pt") as file:
             found.append(SavedFile(path, file.get_tensor("token_ids").tolist()))
     return found

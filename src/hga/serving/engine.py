@@ -58,10 +58,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """There will be no answer. reason: for whoever asked; `memory`: there was not enough of it."""
+    """There will be no answer. reason: for whoever asked; status: what it is in HTTP."""
 
     reason: str
-    memory: bool = False
+    status: int = 500
 
 
 Event = Progress | Text | Done | Failed
@@ -152,14 +152,14 @@ class Engine:
                 self._turn(job)
             del jobs, job  # the last job's cache is not kept until the next one comes
         for job in jobs:
-            self._end(job, Failed("the server is shutting down"))
+            self._end(job, Failed("the server is shutting down", 503))
 
     def _turn(self, job: Job) -> None:
         """One step of one job; whatever goes wrong ends this job alone."""
         try:
             if job.cancelled:
                 self._metrics.cancelled.inc()
-                self._end(job, Failed("cancelled"))
+                self._end(job, Failed("cancelled", 499))
             elif job.answer is None:
                 self._start(job)
             else:
@@ -167,7 +167,7 @@ class Engine:
         except (MemoryError, torch.OutOfMemoryError) as error:
             logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
             self._contexts.shrink(0)
-            self._end(job, Failed("there is not enough memory for this request now; try again or send less", True))
+            self._end(job, Failed("there is not enough memory for this request now; try again or send less", 503))
         except Exception:
             logger.exception("a request failed")
             self._end(job, Failed("the answer failed; the server's log says why"))
@@ -231,7 +231,8 @@ class Engine:
     def _end(self, job: Job, event: Event) -> None:
         job.answer = None
         with self._changed:
-            self._jobs.remove(job)
+            if job in self._jobs:  # an error while it ended brings a job here twice
+                self._jobs.remove(job)
             self._metrics.under_way.set(len(self._jobs))
         self._metrics.kept(len(self._contexts), self._contexts.held_bytes(), self._contexts.evictions)
         job.report(event)

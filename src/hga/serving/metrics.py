@@ -12,9 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "hga_requests", "Requests, by path and status.", ["path", "status"], registry=registry
-        )
+        self.requests = Counter("hga_requests", "Requests, by path and status.", ["path", "status"], registry=registry)
         self.cancelled = Counter("hga_requests_cancelled", "Requests whose client went away.", registry=registry)
         self.under_way = Gauge("hga_requests_under_way", "Requests that wait, read or write.", registry=registry)
         self.prompt_tokens = Counter("hga_prompt_tokens", "Prompt tokens of finished answers.", registry=registry)

@@ -23,7 +23,7 @@ _UNSUPPORTED = (
     *("forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_repetition_penalty"),
     *("exponential_decay_length_penalty", "guidance_scale", "watermarking_config"),
 )
-_HARMLESS = (None, 0, 1.0, [], {})
+_HARMLESS: tuple[Any, ...] = (None, 0, 1.0, [], {})
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Sampler:
         """The token after `ids`, by logits (1, V) on any device."""
         scores = logits.float()
         if self._processors:
-            scores = self._processors(torch.tensor([ids], device=scores.device), scores)
+            scores = self._processors(torch.tensor([ids], device=scores.device), scores)  # type: ignore[arg-type]
         if self._generator is None:
             return int(scores.argmax())
         # Drawn on the CPU, so that a seed means the same on every device.

@@ -1,0 +1,80 @@
+"""A server on a free port of this machine, in a thread of the test's process."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+import hga
+from hga.config import HGAConfig
+from hga.serving.app import Served, build_app
+from hga.serving.contexts import Contexts
+from hga.serving.engine import Engine
+from hga.serving.gate import LOOPBACK
+from hga.serving.metrics import Metrics
+
+
+@dataclass
+class Running:
+    url: str
+    engine: Engine
+    contexts: Contexts
+    model: Any
+    tokenizer: Any
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def metrics(self, key: str = "none") -> dict[str, float]:
+        text = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {key}"}).text
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.metrics()["hga_requests_under_way"]:
+            assert time.monotonic() < deadline, "a request is stuck"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving(
+    model: Any,
+    tokenizer: Any,
+    config: HGAConfig,
+    *,
+    name: str = "served",
+    max_context: int = 2048,
+    max_requests: int = 16,
+    limit_bytes: int = 1 << 30,
+    max_body_bytes: int = 1 << 20,
+    keys: tuple[str, ...] = (),
+    saved: Any = (),
+) -> Iterator[Running]:
+    metrics, contexts = Metrics(), Contexts(limit_bytes, saved)
+    with hga.enabled(model, config):
+        engine = Engine(model, tokenizer, config, contexts, max_requests=max_requests, metrics=metrics)
+        served = Served(name, max_context, max_body_bytes, keys, () if keys else LOOPBACK)
+        app = build_app(engine, metrics, served)
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield Running(url, engine, contexts, model, tokenizer)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            engine.close()
+            listening.close()
+            assert not thread.is_alive()
