@@ -76,35 +76,37 @@ def serve(
         )
     config = routing(preset, budget)
     saved = [] if context_dir is None else find_saved(context_dir, config)
-    listening = _listen(host, port)
-    loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
+    with _listen(host, port) as listening:
+        loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
 
-    import hga
-    from hga.store.host import available_host_bytes
+        import hga
+        from hga.store.host import available_host_bytes
 
-    most = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tokens = max_context or most
-    if tokens is None:
-        raise ValueError("the model's config does not say how many positions it has; give --max-context N")
-    if most is not None and tokens > most:
-        raise ValueError(f"--max-context {tokens} is more than the model's {most} positions; see --rope-scaling")
-    limit = (available_host_bytes() or _UNKNOWN_BYTES) // 4 if cache_gb is None else int(cache_gb * _GIB)
-    metrics = Metrics()
-    name = Path(model).name if Path(model).is_dir() else model
-    with hga.enabled(loaded, config):
-        engine = Engine(loaded, tokenizer, config, Contexts(limit, saved), max_requests=max_requests, metrics=metrics)
-        served = Served(name, tokens, max_body_mb << 20, keys, () if keys else LOOPBACK)
-        app = build_app(engine, metrics, served)
-        place = f"[{host}]" if ":" in host else host
-        say(f"{name}, up to {tokens:,} tokens; {in_bytes(limit)} for contexts; {len(saved)} saved contexts")
-        say(f"listening on http://{place}:{listening.getsockname()[1]}")
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        )
-        try:
-            server.run(sockets=[listening])
-        finally:
-            engine.close()
+        most = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        tokens = max_context or most
+        if tokens is None:
+            raise ValueError("the model's config does not say how many positions it has; give --max-context N")
+        if most is not None and tokens > most:
+            raise ValueError(f"--max-context {tokens} is more than the model's {most} positions; see --rope-scaling")
+        limit = (available_host_bytes() or _UNKNOWN_BYTES) // 4 if cache_gb is None else int(cache_gb * _GIB)
+        metrics = Metrics()
+        name = Path(model).name if Path(model).is_dir() else model
+        with hga.enabled(loaded, config):
+            engine = Engine(
+                loaded, tokenizer, config, Contexts(limit, saved), max_requests=max_requests, metrics=metrics
+            )
+            served = Served(name, tokens, max_body_mb << 20, keys, () if keys else LOOPBACK)
+            app = build_app(engine, metrics, served)
+            place = f"[{host}]" if ":" in host else host
+            say(f"{name}, up to {tokens:,} tokens; {in_bytes(limit)} for contexts; {len(saved)} saved contexts")
+            say(f"listening on http://{place}:{listening.getsockname()[1]}")
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
+            )
+            try:
+                server.run(sockets=[listening])
+            finally:
+                engine.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from hga.serving.metrics import Metrics
 from hga.serving.protocol import error_body
 
@@ -26,10 +28,6 @@ _COUNTED = (
     *("/", "/health", "/metrics", "/openapi.json", "/load_model"),
     *("/v1/models", "/v1/chat/completions", "/v1/completions"),
 )
-
-
-class TooLarge(Exception):  # noqa: N818
-    """A body of more bytes than the server takes."""
 
 
 def read_keys(path: Path) -> list[str]:
@@ -82,9 +80,6 @@ class Gate:
                 await _answer(count, *refused)
                 return
             await self._app(scope, self._bounded(receive), count)
-        except TooLarge as error:
-            if not begun:
-                await _answer(count, 413, str(error))
         except Exception:
             logger.exception("%s failed", path)
             if not begun:
@@ -116,7 +111,7 @@ class Gate:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise TooLarge(self._too_large())
+                raise HTTPException(413, self._too_large())
             return message
 
         return bounded

@@ -127,7 +127,8 @@ class ChatRequest(_Asked):
         """Read transformers' generation config as the fields that it stands for."""
         if not isinstance(fields, dict) or not isinstance(fields.get("generation_config"), str):
             return fields
-        return _from_generation_config(fields["generation_config"]) | fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        return _from_generation_config(fields["generation_config"]) | given
 
     def wanted_tokens(self) -> int | None:
         """Tokens that the answer may have, None where the request does not say."""

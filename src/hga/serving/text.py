@@ -43,9 +43,10 @@ class TextStream:
     def _release(self, text: str) -> str:
         """Move what no stop string can take back any more from `_held` to the reader."""
         self._held += text
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if places:
-            certain, self._held, self.stopped = self._held[: min(places)], "", True
+        found = [(place + len(stop), place) for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        if found:
+            # The one that was complete first, so that it does not matter in which pieces the text came.
+            certain, self._held, self.stopped = self._held[: min(found)[1]], "", True
             return certain
         kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         certain = self._held[: len(self._held) - kept]
