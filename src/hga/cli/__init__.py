@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from hga import __version__
+from hga.cli import chat, demo, evaluate, generate, models, plan, serve
 from hga.cli import context as contexts
-from hga.cli import demo, evaluate, generate, models, plan, serve
 
 app = typer.Typer(name="hga", add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
