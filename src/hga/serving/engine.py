@@ -45,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer has ended. held_bytes: of its cache, by tier."""
+    """The answer has ended. held_bytes: of its cache, by place ("gpu", "ram")."""
 
     finish: str
     new_tokens: int
@@ -219,7 +219,7 @@ class Engine:
             answer.cached_tokens,
             answer.read_seconds,
             answer.write_seconds,
-            answer.cache.held_bytes(set()),
+            self._by_place(answer.cache.held_bytes(set())),
             stats,
         )
         self._metrics.prompt_tokens.inc(len(job.request.prompt_ids))
@@ -228,11 +228,19 @@ class Engine:
         self._contexts.add(job.owner, answer.ids[: answer.fed_tokens], answer.cache)
         self._end(job, done)
 
+    def _by_place(self, held_bytes: dict[str, int]) -> dict[str, int]:
+        """Bytes by the memory that they are in: beside a model on a CPU is in RAM, too."""
+        placed: dict[str, int] = {}
+        for tier, count in held_bytes.items():
+            place = tier if tier != "device" else "gpu" if self.model.device.type == "cuda" else "ram"
+            placed[place] = placed.get(place, 0) + count
+        return placed
+
     def _end(self, job: Job, event: Event) -> None:
         job.answer = None
         with self._changed:
             if job in self._jobs:  # an error while it ended brings a job here twice
                 self._jobs.remove(job)
             self._metrics.under_way.set(len(self._jobs))
-        self._metrics.kept(len(self._contexts), self._contexts.held_bytes(), self._contexts.evictions)
+        self._metrics.kept(len(self._contexts), self._by_place(self._contexts.held_bytes()), self._contexts.evictions)
         job.report(event)

@@ -32,7 +32,7 @@ class Metrics:
         """Note what is kept now."""
         self._contexts.set(contexts)
         self._evictions.set(evictions)
-        for tier in {"device", "ram"} | held_bytes.keys():
+        for tier in {"gpu", "ram"} | held_bytes.keys():
             self._bytes.labels(tier).set(held_bytes.get(tier, 0))
 
     def render(self) -> bytes:
