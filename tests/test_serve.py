@@ -470,3 +470,15 @@ def test_command_serves_and_ends(tmp_path: Path) -> None:
 
 def test_contexts_start_empty() -> None:
     assert Contexts(0).find("", [1, 2], None) == (None, 0)
+
+
+def test_soak_of_mixed_requests() -> None:
+    from serve_soak import CLIENTS, soak
+
+    model, tokenizer = model_and_tokenizer()
+    with serving(model, tokenizer, SMALL, max_requests=3 * CLIENTS, limit_bytes=4 << 20) as server:
+        told = soak(server, 200, "A document on which several clients ask. " * 12)
+    assert told["under_way"] == 0
+    assert all(told["add_up"].values()), told
+    assert told["rss_end_bytes"] - told["rss_middle_bytes"] < 24 << 20, told
+    assert told["files_end"] <= told["files_middle"] + 2, told

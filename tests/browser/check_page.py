@@ -54,7 +54,7 @@ def main() -> None:
             page.on("request", lambda request: requests.append(request.url))
             drop_and_ask(page, url, options.screenshot)
             by_keyboard(page)
-            on_a_phone_in_the_dark(page, options.screenshot)
+            on_a_phone_in_the_dark(page)
             assert all(request.startswith(url) for request in requests), requests
             assert not faults, faults
             browser.close()
@@ -111,7 +111,7 @@ def by_keyboard(page: Page) -> None:
     expect(page.locator("#stop")).to_be_hidden()
 
 
-def on_a_phone_in_the_dark(page: Page, screenshot: Path | None) -> None:
+def on_a_phone_in_the_dark(page: Page) -> None:
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.emulate_media(color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
@@ -119,8 +119,6 @@ def on_a_phone_in_the_dark(page: Page, screenshot: Path | None) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     expect(page.locator("#question")).to_be_in_viewport()
     expect(page.locator("#send")).to_be_in_viewport()
-    if screenshot is not None:
-        page.screenshot(path=str(screenshot.with_name(f"{screenshot.stem}-phone{screenshot.suffix}")))
 
 
 if __name__ == "__main__":
