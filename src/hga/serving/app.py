@@ -104,6 +104,8 @@ def build_app(engine: Engine, metrics: Metrics, served: Served) -> App:
         """The chat page."""
         return HTMLResponse(page, headers={"content-security-policy": _PAGE_POLICY, "x-frame-options": "DENY"})
 
+    for body in ("ChatRequest", "CompletionRequest"):  # the description names the model that there is
+        app.openapi()["components"]["schemas"][body]["properties"]["model"]["enum"] = [served.name]
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Refused, _refused)
