@@ -7,37 +7,14 @@ import weakref
 import families
 import pytest
 import torch
+from asking import answer, new_cache, read
 from rows import SMALL, feed, new_row, random_sequence
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import hga
-from hga.cache import HGACache, common_prefix
+from hga.cache import common_prefix
 
 DOCUMENT_TOKENS = 217
 NAMES = ["llama", "gemma2", "qwen3_next", "qwen2-sliding"]
-
-
-def read(model: PreTrainedModel, ids: Tensor, cache: HGACache) -> Tensor:
-    with torch.no_grad():
-        return model(ids, past_key_values=cache, logits_to_keep=1).logits
-
-
-def answer(model: PreTrainedModel, ids: Tensor, cache: HGACache, tokens: int = 40) -> Tensor:
-    """Greedy tokens and logits (tokens, vocabulary) behind a prompt of which the cache holds the first part."""
-    out = model.generate(
-        ids,
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return torch.cat([out.sequences[0, ids.shape[1] :, None], torch.cat(out.logits)], 1)
-
-
-def new_cache(model: PreTrainedModel, config: hga.HGAConfig = SMALL) -> HGACache:
-    return HGACache(config=model.config, hga_config=config)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -232,10 +232,10 @@ class HGACache(DynamicCache):
     ) -> HGACache:
         """The cache that was saved at `path`, for the same model; `loaded_ids` are the ids of its tokens.
 
-        Records are read, and checked, when a query opens them, and the file stays open; store "ram" or "device"
-        instead reads and checks all of them now. Any number of processes may load one file, and one cache `fork` any
-        number of times: nothing writes to the file. ValueError for a file that is damaged, of another model or
-        format; OSError if it cannot be read.
+        An archive in host memory is read, and checked, where a query opens it, and the file stays open. With `store`,
+        a tier of `HGAConfig.store` that takes the saved one's place, and in other tiers all is read and checked now.
+        Any number of processes may load one file, and one cache `fork` any number of times: nothing writes to it.
+        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read.
         """
         from hga.cache.saved import load_context
 

@@ -92,13 +92,13 @@ class HGALayer(CacheLayerMixin):
         self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
-    def restore(
-        self, keys: Tensor, values: Tensor, store: Store | None, chunks: list[int], summaries: dict[str, Rows]
-    ) -> None:
-        """Be, from empty, a layer of one row; see `Row.restore`. The tensors fix type and device."""
-        self.lazy_initialization(keys[None], values[None])
-        if store is not None:
-            self._stores.append(store)
+    def open_store(self, layout: RecordLayout, filled: Store | None = None) -> Store:
+        """The store that all rows share from now on: `filled`, else an empty one of the config's tier."""
+        self._stores[:] = [] if filled is None else [filled]
+        return self.rows[0].open_store(layout)
+
+    def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
+        """Be a layer of one row, of which the store holds `chunks`; see `Row.restore`. `lazy_initialization` first."""
         self.rows[0].restore(keys, values, chunks, summaries)
         self._seen = self.rows[0].length
 

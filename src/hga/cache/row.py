@@ -62,7 +62,7 @@ class Row:
         self, config: HGAConfig, open_store: OpenStore, counters: Counters, inverse_frequencies: Tensor | None
     ) -> None:
         self._config = config
-        self._open_store = open_store
+        self.open_store = open_store
         self._counters = counters
         self._inverse_frequencies = inverse_frequencies
         self._keys = self._values = torch.empty(0)  # (Hkv, capacity, D), `near_length` rows in use
@@ -103,7 +103,7 @@ class Row:
         self._keys, self._values = keys, values
         self.length = keys.shape[1] + len(chunks) * self._config.chunk_size
         if chunks:
-            self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
+            self._archive = Archive(self._config, self.open_store, self._inverse_frequencies, keys)
             self._archive.restore(chunks, summaries)
 
     # ---- single tokens by kernels --------------------------------------------------------------------
@@ -270,7 +270,7 @@ class Row:
             return
         keys, values = self._near()
         if self._archive is None:
-            self._archive = Archive(self._config, self._open_store, self._inverse_frequencies, keys)
+            self._archive = Archive(self._config, self.open_store, self._inverse_frequencies, keys)
         first = self._config.sink_tokens
         last = first + (chunks - self.chunks) * self._config.chunk_size
         # What may run out of memory comes first: a chunk is closed and cut out of `near`, or neither.

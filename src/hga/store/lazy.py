@@ -1,4 +1,4 @@
-"""Chunks in host memory that come from elsewhere, record by record, when they are first asked for."""
+"""Chunks in host memory that come from elsewhere, piece by piece, when they are first asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from hga.store.memory import MemoryStore
 from hga.store.record import RecordLayout
 
-ReadRecords = Callable[[int, memoryview], None]
-"""Fills a buffer with consecutive records, from a number on that counts chunk by chunk and head by head, and checks
-them.
+ReadPieces = Callable[[int, memoryview], None]
+"""Fills a buffer with consecutive pieces, from a number on that counts chunk by chunk, head by head and piece by piece
+of a record, and checks them.
 """
 
 _FILLED_BYTES = 16 << 20
@@ -22,18 +22,27 @@ _FILLED_BYTES = 16 << 20
 class LazyStore(MemoryStore):
     """A `MemoryStore` in host memory whose first chunks, ids 0 to n - 1, are a saved archive, each retained once.
 
-    Memory for all of them is taken at once, and filled as queries ask. An error of `read` leaves the record missing:
-    whoever asks for it again gets the error again.
+    Memory for all of them is taken at once, and filled as queries ask, `piece_groups` groups of a record together. An
+    error of `read` leaves its pieces missing: whoever asks for them again gets the error again.
     """
 
-    def __init__(self, layout: RecordLayout, chunks: int, order: Tensor | None, read: ReadRecords, gpu: torch.device):
+    def __init__(
+        self,
+        layout: RecordLayout,
+        chunks: int,
+        order: Tensor | None,
+        piece_groups: int,
+        read: ReadPieces,
+        gpu: torch.device,
+    ) -> None:
         """order (n, Hkv, C) int16, None without content ordering; gpu: the model's device, page-locked for if CUDA."""
         super().__init__(layout, torch.device("cpu"), "ram")
         self._read = read
         self._add_segment(chunks, gpu)
         if order is not None:
             self._orders[0].copy_(order)
-        self._missing = torch.ones(chunks, layout.kv_heads, dtype=torch.bool)
+        self._piece_groups = piece_groups
+        self._missing = torch.ones(chunks, layout.kv_heads, layout.groups // piece_groups, dtype=torch.bool)
         self._missing_count = self._missing.numel()
         self._free, self._holders = [], dict.fromkeys(range(chunks), 1)
 
@@ -50,11 +59,11 @@ class LazyStore(MemoryStore):
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`."""
         if self._missing_count:
-            ids = ids.cpu()
+            ids, pieces = ids.cpu(), groups.cpu() // self._piece_groups
             head = torch.arange(self.layout.kv_heads)[:, None].expand_as(ids)
             saved = ids < len(self._missing)
             asked = torch.zeros_like(self._missing)
-            asked[ids[saved], head[saved]] = True
+            asked[ids[saved], head[saved], pieces[saved]] = True
             self._fill(asked & self._missing)
         return super().fetch(ids, groups)
 
@@ -62,6 +71,11 @@ class LazyStore(MemoryStore):
         """See `Store.addresses`."""
         self.fill(ids)
         return super().addresses(ids)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the saved archive that nobody has asked for yet."""
+        return self._missing_count * self._piece_groups * self.layout.group_bytes
 
     @property
     def gpu_readable(self) -> bool:
@@ -73,7 +87,8 @@ class LazyStore(MemoryStore):
         super().release(ids)
         if self._missing_count:
             held = torch.tensor([chunk in self._holders for chunk in range(len(self._missing))])
-            self._note(self._missing & ~held[:, None])  # their places may be taken by others
+            self._missing &= held[:, None, None]  # their places may be taken by others
+            self._count()
 
     def fill(self, ids: list[int]) -> None:
         """Read what is missing of chunks."""
@@ -83,31 +98,31 @@ class LazyStore(MemoryStore):
             self._fill(asked & self._missing)
 
     def _fill(self, wanted: Tensor) -> None:
-        """Read records (n, Hkv), neighbours in one piece."""
-        record_bytes = self.layout.chunk_bytes // self.layout.kv_heads
-        at_once = max(1, _FILLED_BYTES // record_bytes)
+        """Read pieces (n, Hkv, pieces of a record), neighbours by one call."""
+        piece_bytes = self._piece_groups * self.layout.group_bytes
+        at_once = max(1, _FILLED_BYTES // piece_bytes)
         places: list[int] = wanted.view(-1).nonzero().flatten().tolist()
         numbers: Any = self._segments[0].view(-1).view(torch.uint8).numpy() if places else b""
         raw = memoryview(numbers)
         start = 0
-        while start < len(places):
-            count = 1
-            while count < at_once and places[start + count : start + count + 1] == [places[start] + count]:
-                count += 1
-            first = places[start]
-            self._read(first, raw[first * record_bytes : (first + count) * record_bytes])
-            here = torch.zeros_like(self._missing)
-            here.view(-1)[first : first + count] = True
-            self._note(here)
-            start += count
+        try:
+            while start < len(places):
+                count = 1
+                while count < at_once and places[start + count : start + count + 1] == [places[start] + count]:
+                    count += 1
+                first = places[start]
+                self._read(first, raw[first * piece_bytes : (first + count) * piece_bytes])
+                self._missing.view(-1)[first : first + count] = False
+                start += count
+        finally:
+            self._count()
 
-    def _note(self, arrived: Tensor) -> None:
-        """Records (n, Hkv) are not missing any more; with the last one, their source is let go."""
-        self._missing &= ~arrived
+    def _count(self) -> None:
+        """Count what is missing; with the last piece its source is let go."""
         self._missing_count = int(self._missing.sum())
         if not self._missing_count:
             self._read = _read_nothing
 
 
 def _read_nothing(first: int, target: memoryview) -> None:
-    raise RuntimeError(f"record {first} was read already")
+    raise RuntimeError(f"piece {first} was read already")

@@ -26,9 +26,12 @@ from hga.cache.saved.file import (
 )
 from hga.cache.saved.layers import SavedLayer, named
 from hga.config import HGAConfig
+from hga.store import RecordLayout
 
 FORMAT = "hga-context"
 VERSION = 1
+
+_PIECE_BYTES = 8192  # a group of 4 tokens is 2 KiB, in a record of 128 KiB: a question needs few of them
 
 Report = Callable[[int, int], object]
 """Called with the bytes done so far, and those there are."""
@@ -63,7 +66,7 @@ class SavedContext:
 
     @property
     def record_count(self) -> int:
-        """Records, each with a checksum: one a routed layer, chunk and KV head."""
+        """Records: one a routed layer, chunk and KV head."""
         return sum(layer.chunks * layer.records.kv_heads for layer in self.layers if layer.records is not None)
 
     @property
@@ -119,14 +122,25 @@ def read_eager(descriptor: int, context: SavedContext, table: Tensor) -> Iterato
 
 
 def record_checksums(context: SavedContext, table: Tensor) -> dict[int, Tensor]:
-    """Checksums of the records by routed layer, (n, Hkv) each."""
+    """Checksums of the records' pieces, flat, by layer that has records."""
     found, start = {}, 1 + len(context.eager)
     for index, layer in enumerate(context.layers):
-        if layer.records is not None:
-            count = layer.chunks * layer.records.kv_heads
-            found[index] = table[start : start + count].view(layer.chunks, layer.records.kv_heads)
-            start += count
+        if layer.chunks:
+            found[index] = table[start : start + _piece_count(layer)]
+            start += len(found[index])
     return found
+
+
+def piece_groups(layout: RecordLayout) -> int:
+    """Groups of a record that are checked, and read, together: as many as divide it and fill 8 KiB."""
+    most = max(1, _PIECE_BYTES // layout.group_bytes)
+    return next(groups for groups in range(min(most, layout.groups), 0, -1) if layout.groups % groups == 0)
+
+
+def _piece_count(layer: SavedLayer) -> int:
+    """Pieces of a layer's records; each has a checksum."""
+    layout = layer.records
+    return 0 if layout is None else layer.chunks * layout.kv_heads * layout.groups // piece_groups(layout)
 
 
 def seal(context: SavedContext, table: Tensor) -> int:
@@ -166,8 +180,7 @@ def _assemble(
             if padding := -spec.size_bytes % PAGE_BYTES:
                 records.append(Spec(f"layers.{index}.padding", torch.uint8, (padding,)))
     eager = [Spec("token_ids", torch.int64, (tokens,)), *(spec for _, _, spec in named(layers))]
-    hashed = sum(layer.chunks * layer.records.kv_heads for layer in layers if layer.records is not None)
-    eager.append(Spec("checksums", torch.int64, (1 + len(eager) + hashed,)))
+    eager.append(Spec("checksums", torch.int64, (1 + len(eager) + sum(map(_piece_count, layers)),)))
     # Wide numbers first: then each tensor starts at a multiple of its width, as readers of safetensors expect.
     eager.sort(key=lambda spec: -spec.dtype.itemsize)
     return SavedContext(path, tokens, ids_hash, config, model, suffix, layers, lay_out(metadata, [*records, *eager]))

@@ -99,7 +99,7 @@ def read_header(descriptor: int, path: Path) -> tuple[bytes, dict[str, str]]:
         raise ValueError(f"{path} is no saved context: its {size_bytes:,} bytes do not begin with a header")
     text = os.pread(descriptor, length, _LENGTH_BYTES)
     try:
-        entries = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"{path} is no saved context, or its header is damaged ({error})") from error
     metadata = entries.get("__metadata__") if isinstance(entries, dict) else None

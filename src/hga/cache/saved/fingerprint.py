@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +20,11 @@ _NAMES = (
 )
 _HASHED_AT_ONCE = 64 << 20
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
-
 
 def model_fingerprint(model: Any) -> dict[str, Any]:
     """A model's identity in JSON: fields of its config, its type and `weights`, a hash of all of them.
 
-    The weights are read whole the first time (some GB a second) and remembered while none of them changes.
+    The weights are read whole, some GB a second, each time: nothing tells reliably that none has changed since.
     ValueError if they cannot be read.
     """
     config = model.config.get_text_config(decoder=True)
@@ -55,30 +52,22 @@ def check_same_model(saved: dict[str, Any], own: dict[str, Any], place: str) -> 
 
 def _hash_weights(model: nn.Module) -> str:
     adapters = _active_adapters(model)
-    tensors = list(_weights(model, bool(adapters)))
-    # A tensor made in inference mode counts no versions: it cannot be changed in place outside of it.
-    stamp = (adapters, *((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors))
-    known = _known.get(model)
-    if known is not None and known[0] == stamp:
-        return known[1]
     digest = xxhash.xxh3_128(repr(adapters).encode())
     hashed: set[tuple[int, int]] = set()
-    for name, tensor in tensors:
+    for name, tensor in _weights(model, bool(adapters)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         if (tensor.data_ptr(), tensor.numel()) not in hashed:  # tied weights have two names
             _update(digest, name, tensor)
             hashed.add((tensor.data_ptr(), tensor.numel()))
-    _known[model] = (stamp, digest.hexdigest())
     return digest.hexdigest()
 
 
 def _weights(model: nn.Module, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, by name. Without an active adapter those of the model below them."""
-    for name, tensor in sorted(model.state_dict().items()):
-        if with_adapters:
-            yield name, tensor
-        elif not _is_adapter(name):
-            yield name.replace(".base_layer.", "."), tensor
+    weights = model.state_dict()
+    if not with_adapters:
+        weights = {n.replace(".base_layer.", "."): tensor for n, tensor in weights.items() if not _is_adapter(n)}
+    yield from sorted(weights.items())
 
 
 def _is_adapter(name: str) -> bool:

@@ -12,18 +12,25 @@ import torch
 from torch import Tensor
 
 from hga.cache.layer import HGALayer
-from hga.cache.saved.context import Report, SavedContext, open_context, read_eager, record_checksums
+from hga.cache.saved.context import (
+    Report,
+    SavedContext,
+    open_context,
+    piece_groups,
+    read_eager,
+    record_checksums,
+)
 from hga.cache.saved.file import checksum, raw_bytes, read_into
 from hga.cache.saved.fingerprint import check_same_model, model_fingerprint
 from hga.cache.saved.layers import SavedLayer, Tensors, restore_dense
 from hga.ops.precision import Rows
-from hga.store import LazyStore, MemoryStore, Store
+from hga.store import LazyStore
 
 _READ_BYTES = 16 << 20
 
 
 class SavedRecords:
-    """The records of one layer in an open file, numbered chunk by chunk and head by head."""
+    """The records of one layer in an open file, in pieces numbered chunk by chunk, head by head, group by group."""
 
     def __init__(self, opened: _OpenFile, context: SavedContext, index: int, checksums: Tensor) -> None:
         layout = context.layers[index].records
@@ -33,17 +40,18 @@ class SavedRecords:
         self._file = opened
         self._place = f"{context.path}, layer {index}"
         self._start = context.file.offsets[f"layers.{index}.records"]
-        self._checksums = checksums.flatten()
-        self._record_bytes = layout.chunk_bytes // layout.kv_heads
+        self._checksums = checksums
+        self.piece_groups = piece_groups(layout)
 
     def read(self, first: int, target: memoryview) -> None:
-        """Fill `target` with whole records from number `first` on. ValueError for a wrong checksum."""
-        size = self._record_bytes
+        """Fill `target` with whole pieces from number `first` on. ValueError for a wrong checksum."""
+        size = self.piece_groups * self.layout.group_bytes
         read_into(self._file.descriptor, target, self._start + first * size, self._file.path)
-        for index in range(len(target) // size):
-            found = checksum(target[index * size : (index + 1) * size])
-            if found != int(self._checksums[first + index]):
-                chunk, head = divmod(first + index, self.layout.kv_heads)
+        expected: list[int] = self._checksums[first : first + len(target) // size].tolist()
+        for index, right in enumerate(expected):
+            if checksum(target[index * size : (index + 1) * size]) != right:
+                record = (first + index) * self.piece_groups // self.layout.groups
+                chunk, head = divmod(record, self.layout.kv_heads)
                 raise ValueError(
                     f"{self._place}: the record of chunk {chunk}, KV head {head} is damaged (its checksum is wrong); "
                     "no token was made of it. Call cache.reset() and read the document again"
@@ -55,7 +63,7 @@ class SavedRecords:
         for first in range(0, self.chunks, at_once):
             count = min(at_once, self.chunks - first)
             records = torch.empty((count, *self.layout.shape), dtype=self.layout.dtype)
-            self.read(first * self.layout.kv_heads, raw_bytes(records))
+            self.read(first * self.layout.kv_heads * self.layout.groups // self.piece_groups, raw_bytes(records))
             yield first, records
 
 
@@ -103,8 +111,6 @@ def verify_context(path: Path, report: Report) -> SavedContext:
 
 def load_context(kind: type[Any], path: Path, model: Any, store: str | None, report: Report) -> Any:
     """The cache of a saved context, of class `kind`; see `HGACache.load`."""
-    if store not in (None, "ram", "device"):
-        raise ValueError(f"store={store!r} must be 'ram', 'device', or None to read records as they are needed")
     descriptor, context, table = open_context(path)
     opened = _OpenFile(descriptor, path)
     check_same_model(context.model, model_fingerprint(model), str(path))
@@ -128,29 +134,35 @@ def load_context(kind: type[Any], path: Path, model: Any, store: str | None, rep
                 continue
         except ValueError as error:
             raise ValueError(f"{path}: layer {index} does not fit this model: {error}") from error
-        held: Store | None = None
+        keys, values, chunks = own["near_keys"], own["near_values"], list[int]()
+        layer.lazy_initialization(keys[None], values[None])
         if saved.chunks:
             records = SavedRecords(opened, context, index, checksums[index])
-            held = _open_store(records, order, device, config.store, whole=store is not None)
+            chunks = _fill_store(layer, records, order, device, whole=store is not None)
             done += saved.chunks * records.layout.chunk_bytes
-        layer.restore(own["near_keys"], own["near_values"], held, list(range(saved.chunks)), _summaries(own))
+        layer.restore(keys, values, chunks, _summaries(own))
         report(done, context.size_bytes)
     cache.loaded_ids = tuple(tensors["token_ids"].tolist())
     return cache
 
 
-def _open_store(records: SavedRecords, order: Tensor | None, device: torch.device, tier: str, whole: bool) -> Store:
-    """A layer's store, its chunks' ids counted from 0."""
-    if tier == "device":
-        store = MemoryStore(records.layout, device, tier)
+def _fill_store(
+    layer: HGALayer, records: SavedRecords, order: Tensor | None, device: torch.device, whole: bool
+) -> list[int]:
+    """Give a layer a store that holds its chunks; returns their ids. Only host memory is filled lazily."""
+    ids: list[int] = []
+    if layer.hga_config.store == "ram":
+        lazy = LazyStore(records.layout, records.chunks, order, records.piece_groups, records.read, device)
+        layer.open_store(records.layout, lazy)
+        ids += range(records.chunks)
+        if whole:
+            lazy.fill(ids)
+    else:
+        store = layer.open_store(records.layout)
         for first, part in records.read_chunks():
             own_order = None if order is None else order[first : first + len(part)].to(device)
-            store.append(part.to(device), own_order)
-        return store
-    lazy = LazyStore(records.layout, records.chunks, order, records.read, device)
-    if whole:
-        lazy.fill(list(range(records.chunks)))
-    return lazy
+            ids += store.append(part.to(device), own_order)
+    return ids
 
 
 def _check_fit(layer: Any, saved: SavedLayer) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hga.cache.layer import HGALayer
-from hga.cache.saved.context import Report, SavedContext, describe_context, record_checksums, seal
+from hga.cache.saved.context import Report, SavedContext, describe_context, piece_groups, record_checksums, seal
 from hga.cache.saved.file import checksum, raw_bytes, replacing, write_at
 from hga.cache.saved.fingerprint import model_fingerprint
 from hga.cache.saved.layers import dense_tensors, describe, routed_tensors
@@ -79,13 +79,14 @@ class _Writer:
         """Records of a layer, some at a time; returns the permutations."""
         layout, orders = store.layout, []
         at_once = max(1, _STAGED_BYTES // layout.chunk_bytes)
-        record_bytes = layout.chunk_bytes // layout.kv_heads
+        size = piece_groups(layout) * layout.group_bytes
+        done = 0
         for first in range(0, len(chunks), at_once):
             records, order = store.read(chunks[first : first + at_once], torch.device("cpu"))
             raw = raw_bytes(records.contiguous())
-            for index in range(len(records) * layout.kv_heads):
-                record = raw[index * record_bytes : (index + 1) * record_bytes]
-                checksums.view(-1)[first * layout.kv_heads + index] = checksum(record)
+            found = [checksum(raw[start : start + size]) for start in range(0, len(raw), size)]
+            checksums[done : done + len(found)] = torch.tensor(found, dtype=torch.int64)
+            done += len(found)
             self._put(raw, place + first * layout.chunk_bytes)
             if order is not None:
                 orders.append(order.to(torch.int16))
