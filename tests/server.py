@@ -29,8 +29,8 @@ class Running:
     model: Any
     tokenizer: Any
 
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+    def client(self, timeout_seconds: float = 300) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout_seconds)
 
     def metrics(self, key: str = "none") -> dict[str, float]:
         text = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {key}"}).text

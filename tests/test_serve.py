@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,7 +331,15 @@ def test_a_job_cancelled_while_it_reads_leaves_no_context(server: Running) -> No
     server.wait_until_idle()
     kept = len(server.contexts)
     events: queue.Queue[Any] = queue.Queue()
-    job = Job("", Request([7] * 2000, 5), lambda event: (server.engine.cancel(job), events.put(event)))
+    caches = []
+
+    def report(event: Any) -> None:
+        if job.answer is not None:
+            caches.append(weakref.ref(job.answer.cache))
+        server.engine.cancel(job)
+        events.put(event)
+
+    job = Job("", Request([7] * 2000, 5), report)
     server.engine.submit(job)
     seen = []
     while not seen or not isinstance(seen[-1], Done | Failed):
@@ -338,6 +347,20 @@ def test_a_job_cancelled_while_it_reads_leaves_no_context(server: Running) -> No
     assert isinstance(seen[-1], Failed)
     assert len(seen) == 2  # it was cancelled after its first report, and did not read on
     assert len(server.contexts) == kept
+    server.wait_until_idle()
+    assert len(caches) == 1
+    assert caches[0]() is None
+
+
+def test_streams_are_never_silent(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hga.serving.app._SILENCE_SECONDS", 0.001)
+    body = {"model": "served", "prompt": "a long one " * 60, "max_tokens": 30, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as stream:
+        lines = list(stream.iter_lines())
+    assert ": waiting" in lines
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == generated(server, "a long one " * 60, 30)
 
 
 def test_chats(server: Running) -> None:
@@ -391,6 +414,10 @@ def test_saved_contexts_serve_every_key(tmp_path: Path) -> None:
             assert answer["choices"][0]["text"] == generated_by(server, key, document + key)
     with pytest.raises(ValueError, match="another routing rule"):
         find_saved(tmp_path, hga.HGAConfig())
+    other = tiny_model(hidden_size=16)
+    other.generation_config.eos_token_id = None
+    with serving(other, tokenizer, SMALL, saved=find_saved(tmp_path, SMALL)) as server:  # of another model: read anew
+        assert complete(server, document).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     (tmp_path / "document.hga").write_bytes(b"x" * 5000)
     with pytest.raises(ValueError, match=r"document\.hga"):
         find_saved(tmp_path, SMALL)
@@ -466,6 +493,14 @@ def test_command_serves_and_ends(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_command_says_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    assert "pip install 'hga[serve]'" in capsys.readouterr().err
 
 
 def test_contexts_start_empty() -> None:

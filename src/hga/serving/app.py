@@ -27,6 +27,8 @@ from hga.serving.protocol import DEFAULT_TOKENS, ChatRequest, CompletionRequest,
 from hga.serving.sampling import Sampling
 
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_SILENCE_SECONDS = 10
+"""A stream says something this often, or clients and proxies would take it for dead while its prompt waits."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request says something that is wrong or not supported."},
     401: {"description": "The API key is missing or wrong."},
@@ -208,7 +210,12 @@ class _Desk:
             if opening is not None:
                 yield _event(opening)
             while True:
-                match await events.get():
+                try:
+                    event = await asyncio.wait_for(events.get(), _SILENCE_SECONDS)
+                except TimeoutError:
+                    yield ": waiting\n\n"
+                    continue
+                match event:
                     case Progress() as progress:
                         told = [progress.read_tokens, progress.cached_tokens, progress.prompt_tokens]
                         yield f": read {json.dumps(told)}\n\n"

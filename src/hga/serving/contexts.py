@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from hga.cache import HGACache, common_prefix
 from hga.cache.saved import read_context
 from hga.config import HGAConfig
 from hga.serving.answer import usable
+
+logger = logging.getLogger("hga.serving")
 
 EVERYBODY = None
 """The owner of a saved context: whoever runs the server put it there for all."""
@@ -56,7 +59,7 @@ class Contexts:
     def find(self, owner: str, prompt_ids: Sequence[int], model: Any) -> tuple[Context | None, int]:
         """The context that spares most of a prompt, and how many tokens; of equals the shortest, which forks fastest.
 
-        A saved context that spares more than any live one is loaded. ValueError or OSError if its file is damaged.
+        A saved context that spares more than any live one is loaded; one that cannot be is passed over, and logged.
         """
         best, most = None, 0
         for context in self._live:
@@ -66,7 +69,11 @@ class Contexts:
         for file in self._saved:
             common = min(common_prefix(file.ids, prompt_ids), len(prompt_ids) - 1)
             if common > most and all(context.ids != file.ids for context in self._live):
-                loaded = Context(EVERYBODY, file.ids, HGACache.load(file.path, model))
+                try:
+                    loaded = Context(EVERYBODY, file.ids, HGACache.load(file.path, model))
+                except (ValueError, OSError):
+                    logger.exception("%s cannot be used, prompts are read instead", file.path)
+                    continue
                 self._live.append(loaded)
                 best, most = loaded, loaded.serves(owner, prompt_ids)
         if best is not None:
