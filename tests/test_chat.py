@@ -164,6 +164,24 @@ def test_command_through_a_pipe(
     assert chat(folder, "", monkeypatch, "--document", str(tmp_path / "missing")) == 2
 
 
+def test_a_document_that_was_saved_is_a_document_that_is_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, saved = tmp_path / "document.txt", tmp_path / "document.hga"
+    document.write_text("What the talk is about. " * 30)
+    lines = "One?\nTwo?\n/stats\n/reset\nOne?\n"
+    assert chat(folder, lines, monkeypatch, "--document", str(document)) == 0
+    given = capsys.readouterr().out
+    save = ["context", "save", "--model", str(folder), "--document", str(document), "--out", str(saved)]
+    assert main([*save, "--chat"]) == 0
+    capsys.readouterr()
+    assert chat(folder, lines, monkeypatch, "--context", str(saved)) == 0
+    assert capsys.readouterr().out == given
+    assert main(save) == 0
+    assert chat(folder, lines, monkeypatch, "--context", str(saved)) == 2
+    assert "holds a text and no chat" in capsys.readouterr().err
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
     command = [sys.executable, "-u", "-m", "hga", "chat", "--model", str(folder), "--max-new-tokens", "1900"]
     process = subprocess.Popen(

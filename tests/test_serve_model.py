@@ -132,7 +132,7 @@ def test_eight_clients_on_one_long_document_read_it_once(server: Running, docume
     assert sum(answer.usage.prompt_tokens_details.cached_tokens >= common for answer in answers) == 7
     assert all(answer.hga["attended"] < 0.3 for answer in answers)
     assert all(answer.hga["kv_bytes"]["ram"] > 0 for answer in answers)
-    for n in (0, 3, 7):
+    for n in (0, 7):
         expected = generated(server, chat_ids(server, chats[n]), 5)
         assert answers[n].choices[0].message.content == expected
 
