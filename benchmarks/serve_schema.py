@@ -13,21 +13,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from server import serving
-from tiny_model import byte_tokenizer, tiny_model
-
-import hga
-
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+from server import SMALL, model_and_tokenizer, serving
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=200)
     options = parser.parse_args()
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    with serving(tiny_model(), tokenizer, hga.HGAConfig(budget_tokens=128), max_context=200) as server:
+    with serving(*model_and_tokenizer(), SMALL, max_context=200) as server:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
         command += ["--checks", "not_a_server_error", "--max-examples", str(options.examples), "--seed", "1"]
         status = subprocess.run(command, check=False).returncode

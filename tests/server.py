@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from tiny_model import byte_tokenizer, tiny_model
 
 import hga
 from hga.config import HGAConfig
@@ -19,6 +20,20 @@ from hga.serving.contexts import Contexts
 from hga.serving.engine import Engine
 from hga.serving.gate import LOOPBACK
 from hga.serving.metrics import Metrics
+
+SMALL = hga.HGAConfig(chunk_size=32, sink_tokens=4, window_tokens=16, budget_tokens=64, prefill="routed")
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>{% if enable_thinking %}<think>{% endif %}"
+)
+
+
+def model_and_tokenizer() -> tuple[Any, Any]:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = tiny_model()
+    model.generation_config.eos_token_id = None  # answers are as long as is asked
+    return model, tokenizer
 
 
 @dataclass

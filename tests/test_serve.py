@@ -4,10 +4,7 @@ import concurrent.futures
 import http.client
 import json
 import queue
-import signal
 import socket
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -19,31 +16,14 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi")
-from server import Running, serving
-from tiny_model import byte_tokenizer, save_tiny_model, tiny_model
+from server import SMALL, Running, model_and_tokenizer, serving
+from tiny_model import byte_tokenizer, tiny_model
 
 import hga
-from hga.cli import main
-from hga.serving.contexts import Contexts, find_saved
+from hga.serving.contexts import find_saved
 from hga.serving.engine import Done, Failed, Job
-from hga.serving.gate import read_keys
-from hga.serving.sampling import Sampling
-from hga.serving.text import TextStream
 
-SMALL = hga.HGAConfig(chunk_size=32, sink_tokens=4, window_tokens=16, budget_tokens=64, prefill="routed")
 KEYS = ("first-key-of-the-test", "second-key-of-the-test")
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>{% if enable_thinking %}<think>{% endif %}"
-)
-
-
-def model_and_tokenizer() -> tuple[Any, Any]:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    model = tiny_model()
-    model.generation_config.eos_token_id = None  # answers are as long as is asked
-    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +42,11 @@ def chat(server: Running, *messages: dict[str, Any], **fields: Any) -> httpx.Res
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
-def generated(server: Running, text: str, tokens: int) -> str:
+def generated(server: Running, text: str, tokens: int, **options: Any) -> str:
     server.wait_until_idle()
     prompt = torch.tensor([server.tokenizer(text).input_ids])
-    out = server.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
+    options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
+    out = server.model.generate(prompt, **options)
     return server.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
@@ -85,6 +66,12 @@ def test_prompts_of_odd_lengths(server: Running, length: int) -> None:
         assert answer.json()["choices"][0]["text"] == generated(server, prompt, 40)
     assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == length - 1
     assert complete(server, list(prompt.encode()), max_tokens=2).status_code == 200
+
+
+def test_repetition_penalty(server: Running) -> None:
+    answer = complete(server, "again and again", max_tokens=40, repetition_penalty=1.3).json()
+    assert answer["choices"][0]["text"] == generated(server, "again and again", 40, repetition_penalty=1.3)
+    assert answer["choices"][0]["text"] != generated(server, "again and again", 40)
 
 
 def test_exact_prefill_reuses_too() -> None:
@@ -229,20 +216,6 @@ def test_keys_are_asked_for_and_never_share() -> None:
         with concurrent.futures.ThreadPoolExecutor(2) as clients:
             both = list(clients.map(lambda key: complete(server, "z" * 1500, key), KEYS))
         assert [r.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for r in both] == [0, 0]
-
-
-def test_key_files(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# clients\n\nabcdefghijklmnop\nqrstuvwxyz0123456\n")
-    assert read_keys(path) == ["abcdefghijklmnop", "qrstuvwxyz0123456"]
-    path.write_text("# none\n")
-    with pytest.raises(ValueError, match="holds no key"):
-        read_keys(path)
-    path.write_text("short\n")
-    with pytest.raises(ValueError, match="16 characters"):
-        read_keys(path)
-    with pytest.raises(ValueError, match="is no file"):
-        read_keys(tmp_path / "missing")
 
 
 def test_least_recently_used_contexts_go_first() -> None:
@@ -431,89 +404,3 @@ def generated_by(server: Running, key: str, text: str) -> str:
     prompt = torch.tensor([server.tokenizer(text).input_ids])
     out = server.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False)
     return server.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
-
-
-def test_sampling_defaults_are_the_models() -> None:
-    model, _ = model_and_tokenizer()
-    config = model.generation_config
-    assert Sampling.default(config) == Sampling()
-    config.update(do_sample=True, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1)
-    assert Sampling.default(config) == Sampling(0.6, 0.9, 20, 1.1)
-    config.update(no_repeat_ngram_size=3)
-    with pytest.raises(ValueError, match="no_repeat_ngram_size=3"):
-        Sampling.default(config)
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve, 日本語 \U0001f600 end", "a\N{REPLACEMENT CHARACTER}b"])
-@pytest.mark.parametrize("stop", [(), ("zzz",), ("日本",), ("aïv", "ï"), ("d",)])
-def test_text_streams_are_the_text_up_to_a_stop(text: str, stop: tuple[str, ...]) -> None:
-    stream, shown = TextStream(byte_tokenizer(), stop), ""
-    for token in byte_tokenizer()(text).input_ids:
-        if not stream.stopped:
-            shown += stream.add(token)
-            assert "\N{REPLACEMENT CHARACTER}" not in shown or "\N{REPLACEMENT CHARACTER}" in text
-    shown += stream.end()
-    first = min(((text.index(one) + len(one), text.index(one)) for one in stop if one in text), default=(0, len(text)))[
-        1
-    ]
-    assert shown == text[:first]
-    assert stream.stopped == (first < len(text))
-
-
-def test_command_refuses_what_is_not_safe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--host", "0.0.0.0"]) == 2
-    assert "--api-key-file" in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
-    assert main(["serve", "--context-dir", str(tmp_path / "none")]) == 2
-    folder = save_tiny_model(tmp_path)
-    assert main(["serve", "--model", str(folder), "--port", "0", "--max-context", "5000"]) == 2
-    assert "2048 positions" in capsys.readouterr().err
-
-
-def test_command_serves_and_ends(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "tiny")
-    command = [sys.executable, "-m", "hga", "serve", "--model", str(folder), "--port", "0", "--cache-gb", "0.1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        said = ""
-        while "listening" not in said:
-            said = process.stderr.readline()
-            assert said, "the server ended"
-        url = said.split()[-1]
-        models = httpx.get(f"{url}/v1/models").json()["data"]
-        assert [model["id"] for model in models] == ["tiny"]  # the folder's name, never its path
-        body = {"model": "tiny", "prompt": "x", "max_tokens": 3}
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
-        process.send_signal(signal.SIGINT)
-        process.wait(20)
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_command_says_what_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["serve"]) == 2
-    assert "pip install 'hga[serve]'" in capsys.readouterr().err
-
-
-def test_contexts_start_empty() -> None:
-    assert Contexts(0).find("", [1, 2], None) == (None, 0)
-
-
-def test_soak_of_mixed_requests() -> None:
-    from serve_soak import CLIENTS, soak
-
-    model, tokenizer = model_and_tokenizer()
-    with serving(model, tokenizer, SMALL, max_requests=3 * CLIENTS, limit_bytes=4 << 20) as server:
-        told = soak(server, 200, "A document on which several clients ask. " * 12)
-    assert told["under_way"] == 0
-    assert all(told["add_up"].values()), told
-    assert told["rss_end_bytes"] - told["rss_middle_bytes"] < 24 << 20, told
-    assert told["files_end"] <= told["files_middle"] + 2, told

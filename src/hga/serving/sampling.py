@@ -17,12 +17,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-# What a model's generation config can ask for that changes greedy text and is not built here.
+# What a model's generation config can ask for that changes answers and is not built here.
 _UNSUPPORTED = (
     *("bad_words_ids", "begin_suppress_tokens", "suppress_tokens", "sequence_bias", "forced_bos_token_id"),
     *("forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_repetition_penalty"),
-    *("exponential_decay_length_penalty", "guidance_scale", "watermarking_config"),
+    *("exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "num_beams", "penalty_alpha"),
+    *("dola_layers", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "stop_strings"),
 )
+_GENERATE_TOP_K = 50
+"""What `generate` takes for a model that samples and does not say."""
 _HARMLESS: tuple[Any, ...] = (None, 0, 1.0, [], {})
 
 
@@ -51,7 +54,8 @@ class Sampling:
             return cls(repetition_penalty=penalty)
         temperature = 1.0 if config.temperature is None else config.temperature
         top_p = 1.0 if config.top_p is None else config.top_p
-        return cls(temperature, top_p, config.top_k or 0, penalty)
+        top_k = _GENERATE_TOP_K if config.top_k is None else config.top_k
+        return cls(temperature, top_p, top_k, penalty)
 
     def replace(self, **changes: Any) -> Sampling:
         """A copy with the changes that are not None."""
