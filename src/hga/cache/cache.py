@@ -125,6 +125,21 @@ class HGACache(DynamicCache):
             storage=add_up(files) if files else None,
         )
 
+    def held_bytes(self, counted: set[int]) -> dict[str, int]:
+        """Bytes by tier, "device" being beside the model, of what no other cache was asked for before.
+
+        counted: identities of the stores that are counted already, which forks share; this cache's are added.
+        """
+        held = {"device": self.decoding.held_bytes()}
+        for layer in self.routed:
+            held["device"] += layer.summary_bytes() + layer.window_bytes() + layer.cached_bytes()
+            identity = layer.store_identity()
+            if identity not in counted:
+                counted.add(identity)
+                for tier, count in layer.store_bytes().items():
+                    held[tier] = held.get(tier, 0) + count
+        return held
+
     def reset_counters(self) -> None:
         """Start the averages of attended and fetched tokens again."""
         for layer in self.routed:

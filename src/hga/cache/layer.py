@@ -333,6 +333,10 @@ class HGALayer(CacheLayerMixin):
         """What an archive on NVMe has read and written; None for other tiers, and before the first closed chunk."""
         return next((store.traffic for store in self._stores if isinstance(store, NvmeStore)), None)
 
+    def store_identity(self) -> int:
+        """A number that forks share as long as they share a store."""
+        return id(self._stores)
+
     def cached_bytes(self) -> int:
         """Bytes of archive groups cached beside the model for decoding."""
         return 0 if self._decoder is None else self._decoder.cached_bytes()

@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from hga import __version__
+from hga.cli import chat, demo, evaluate, generate, models, plan, serve
 from hga.cli import context as contexts
-from hga.cli import demo, evaluate, generate, models, plan
 
 app = typer.Typer(name="hga", add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
+app.command("serve")(serve.serve)
 app.add_typer(contexts.app, name="context")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(models.app, name="models")
