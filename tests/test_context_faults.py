@@ -247,6 +247,18 @@ def test_another_layout(model: Any, path: Path, changes: dict[str, Any], message
         HGACache.load(path, model)
 
 
+@pytest.mark.parametrize("near", [[0, 76, 8], [2, 76, 0], [2, -76, 8], [2, 76], [2, 76, 1e300], [2, "76", 8]])
+def test_a_layer_that_cannot_be(model: Any, path: Path, near: list[Any]) -> None:
+    def change(metadata: dict[str, str]) -> None:
+        layers = json.loads(metadata["layers"])
+        layers[0]["near"] = near
+        metadata["layers"] = json.dumps(layers)
+
+    rewrite(path, change)
+    with pytest.raises(ValueError, match="damaged: its metadata cannot be read"):
+        HGACache.load(path, model)
+
+
 def test_a_model_enabled_with_another_rule(path: Path) -> None:
     other = SMALL.replace(budget_tokens=64)
     with hga.enabled(families.shared("llama"), other) as enabled:
@@ -395,12 +407,14 @@ save(path, 600, report=wait)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     command = [sys.executable, "-c", _SAVE + script, str(path)]
     killed = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert killed.stdout.readline() == "writing\n"
-    (partial,) = path.parent.glob(".a.hga.*.hga-partial")
-    save(model, path, tokens=200)  # another save to the same path leaves a living writer's file alone
-    assert partial.exists()
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    try:
+        assert killed.stdout.readline() == "writing\n"
+        (partial,) = path.parent.glob(".a.hga.*.hga-partial")
+        save(model, path, tokens=200)  # another save to the same path leaves a living writer's file alone
+        assert partial.exists()
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=60)
     assert partial.exists()
     assert read_context(path).tokens == 200
     with pytest.raises(ValueError, match="no saved context"):  # half a file is never taken for one

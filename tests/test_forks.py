@@ -12,6 +12,8 @@ from rows import SMALL, feed, new_row, random_sequence
 
 import hga
 from hga.cache import common_prefix
+from hga.cache.summaries import GrowingRows
+from hga.ops.precision import Rows
 
 DOCUMENT_TOKENS = 217
 NAMES = ["llama", "gemma2", "qwen3_next", "qwen2-sliding"]
@@ -118,6 +120,33 @@ def test_a_dropped_row_gives_its_chunks_back_at_the_stores_next_call() -> None:
     assert store.held_bytes() == held
     row.release()
     assert store.allocated_bytes() == {"ram": 0}
+
+
+def test_summaries_are_copied_before_either_side_appends() -> None:
+    def rows(first: int, last: int) -> Rows:
+        numbers = torch.arange(first, last).view(1, -1, 1).expand(2, -1, 3)
+        return Rows(numbers.float(), numbers[..., :1].bfloat16())
+
+    held = GrowingRows()
+    held.append(rows(0, 90))  # room for some more
+    twin = held.fork()
+    third = twin.fork()
+    assert twin.buffers.data.data_ptr() == held.buffers.data.data_ptr()
+    held.append(rows(90, 93))
+    twin.append(rows(50, 54))
+    third.truncate(80)
+    third.append(rows(20, 25))
+    for own, expected in (
+        (held, range(93)),
+        (twin, [*range(90), *range(50, 54)]),
+        (third, [*range(80), *range(20, 25)]),
+    ):
+        data, scale = own.held()
+        assert data[1, :, 2].tolist() == list(expected)
+        assert scale[0, :, 0].tolist() == list(expected)
+    before = held.buffers.data.data_ptr()
+    held.append(rows(93, 95))
+    assert held.buffers.data.data_ptr() == before  # copied once
 
 
 def test_a_fork_of_an_empty_cache() -> None:

@@ -203,6 +203,6 @@ def _parse(path: Path, metadata: dict[str, str]) -> SavedContext:
         if not isinstance(model, dict):
             raise ValueError("its model is not described")
         return _assemble(path, tokens, metadata["token_ids_xxh3"], config, model, metadata["suffix"], layers)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged: its metadata cannot be read ({cause[:200]})") from error

@@ -40,6 +40,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _PARTIAL = ".hga-partial"
 _LENGTH_BYTES = 8
+_TRIES = 16
 
 
 class Spec(NamedTuple):
@@ -209,7 +210,7 @@ def check_place(path: Path) -> None:
 
 def _open_partial(path: Path) -> tuple[Path, int]:
     """A new, locked temporary file beside `path`."""
-    while True:
+    for _ in range(_TRIES):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks: nothing is cleaned up there either
@@ -217,6 +218,7 @@ def _open_partial(path: Path) -> tuple[Path, int]:
         if _is_same(partial, descriptor):  # another save may have taken it for abandoned before it was locked
             return partial, descriptor
         os.close(descriptor)
+    raise OSError(errno.EAGAIN, "other saves to this path took its temporary file away, again and again")
 
 
 def _remove_abandoned(path: Path) -> None:

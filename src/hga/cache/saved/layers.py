@@ -47,6 +47,8 @@ class SavedLayer:
         """The layer that `to_json` described. ValueError for anything that a cache of `tokens` cannot hold."""
         if fields["kind"] == "routed":
             (heads, near, width), chunks = map(_count, fields["near"]), _count(fields["chunks"])
+            if not heads or not width:
+                raise ValueError(f"K/V of {heads} heads and width {width} are none")
             if near + chunks * config.chunk_size != tokens or chunks > closed_chunks(config, tokens):
                 raise ValueError(f"{chunks} chunks and {near} other tokens are not the {tokens} tokens of the context")
             return routed_layer(config, chunks, (heads, near, width), DTYPES[fields["dtype"]])
