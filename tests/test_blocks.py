@@ -30,11 +30,11 @@ CONFIGS = {
 def _without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU there is nothing to stage: the interpreter's kernels read the store's own records."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(Archive, "stage", lambda self: self._store.read(self.chunks)[0])
+        monkeypatch.setattr(Archive, "stage", lambda self: self.store.read(self.chunks)[0])
         monkeypatch.setattr(
             Archive,
             "stream_records",
-            lambda self: (self._store.read(self.chunks[i : i + 2])[0] for i in range(0, len(self.chunks), 2)),
+            lambda self: (self.store.read(self.chunks[i : i + 2])[0] for i in range(0, len(self.chunks), 2)),
         )
     else:
         monkeypatch.setattr(archive, "_STAGED_BYTES", 2 * HEADS * 32 * 2 * WIDTH * 4)  # several pieces
