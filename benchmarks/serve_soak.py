@@ -47,7 +47,8 @@ def soak(server: Running, requests: int, document: str) -> dict[str, Any]:
         server.wait_until_idle()
         gc.collect()
         time.sleep(0.3)  # closed connections are taken down by the server's loop
-        held.append((resident_bytes(), len(os.listdir("/proc/self/fd"))))
+        kept = sum(server.contexts.held_bytes().values())
+        held.append((resident_bytes(), len(os.listdir("/proc/self/fd")), kept))
     after = server.metrics()
     grown = {name: after[name] - before.get(name, 0) for name in after}
     answered = {
@@ -65,6 +66,8 @@ def soak(server: Running, requests: int, document: str) -> dict[str, Any]:
         "answered": {str(status): int(count) for status, count in answered.items()},
         "rss_middle_bytes": held[0][0],
         "rss_end_bytes": held[1][0],
+        "contexts_middle_bytes": held[0][2],
+        "contexts_end_bytes": held[1][2],
         "files_middle": held[0][1],
         "files_end": held[1][1],
         "under_way": after["hga_requests_under_way"],
