@@ -20,9 +20,9 @@ from hga.store.record import RecordLayout, check_records
 from hga.store.scratch import Pwritev, WriteBehind, open_scratch, reserve
 from hga.store.traffic import Traffic
 
-PIECE_BYTES = 8192
-"""Read and cached at once, about: a routed group of 4 tokens is 2 KiB, its neighbours in the record are its
-siblings in the content tree (benchmarks/NOTES.md has the figures).
+PIECE_BYTES = 4096
+"""Read and cached at once, at least: a page, the least that O_DIRECT reads. A routed group of 4 tokens is 2 KiB; larger
+pieces hold siblings that are rarely wanted together (benchmarks/NOTES.md has the figures).
 """
 
 _FIRST_CHUNKS = 16
