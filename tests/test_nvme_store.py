@@ -1,12 +1,15 @@
 """The NVMe store: the same bytes as memory's for any cache, and every fault on the way, really caused."""
 
+import contextlib
 import errno
 import gc
 import os
 import resource
 import shutil
+import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -305,6 +308,49 @@ def test_a_read_that_hangs_meets_a_deadline_and_corrupts_nothing(broken):
     assert_same_bytes(store, reference, ids)
     time.sleep(1.3)  # the late reads arrive
     assert_same_bytes(store, reference, ids, 7)
+
+
+def test_an_interrupted_read_corrupts_nothing(broken):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    store, reference, ids, fault = broken
+    before = signal.signal(signal.SIGALRM, interrupt)
+    fault.append(0.25)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch(*asked(EVEN, ids[4:], 4, 1))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    fault.clear()
+    pairs = asked(EVEN, ids[4:], 4, 2)
+    store.fetch(*pairs)
+    time.sleep(0.4)  # the late reads arrive
+    for got, wanted in zip(store.fetch(*pairs), reference.fetch(*pairs), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("side", ["preadv", "pwritev"])
+def test_a_store_that_failed_goes_without_the_garbage_collector(side):
+    def fail(descriptor, buffers, offset):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = NvmeStore(EVEN, 1, **{side: fail})
+    ids = store.append(*chunks(EVEN, 2))
+    settle(store)
+    gone, collecting = weakref.ref(store), gc.isenabled()
+    gc.disable()
+    try:
+        with contextlib.suppress(OSError):
+            store.read(ids)
+            store.append(*chunks(EVEN, 1))
+            raise AssertionError("no error")
+        del store
+        assert gone() is None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing():

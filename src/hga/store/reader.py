@@ -158,16 +158,23 @@ class _Batch:
 
     def wait(self, deadline_seconds: float) -> None:
         """Wait for all threads, since they own the buffers; raise what went wrong."""
-        while not self._done.wait(max(0.0, self._moved + deadline_seconds - time.monotonic())):
-            if time.monotonic() - self._moved >= deadline_seconds:
-                self._stopped = True
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
-                    f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
-                )
-        if self._error is not None:
-            raise self._error
+        try:
+            while not self._done.wait(max(0.0, self._moved + deadline_seconds - time.monotonic())):
+                if time.monotonic() - self._moved >= deadline_seconds:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
+                        f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
+                    )
+        except BaseException:  # also an interrupt: what has not begun is not read any more
+            self._stopped = True
+            raise
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: a cycle would keep store and buffers
 
 
 def _behind(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
