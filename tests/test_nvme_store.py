@@ -353,6 +353,38 @@ def test_a_store_that_failed_goes_without_the_garbage_collector(side):
             gc.enable()
 
 
+def test_a_chunk_that_is_replaced_while_its_write_ends_is_the_new_one():
+    class Pausing(dict):
+        """Lets another thread go on between a look and what follows it, once."""
+
+        def get(self, key, default=None):
+            found = super().get(key, default)
+            if threading.current_thread().name == "hga-write" and not looked.is_set():
+                looked.set()
+                replaced.wait(0.5)
+            return found
+
+    def pwritev(descriptor, buffers, offset):
+        slow.wait(0.5) if slow_from.is_set() else None
+        return os.pwritev(descriptor, buffers, offset)
+
+    looked, replaced, slow_from, slow = (threading.Event() for _ in range(4))
+    store = NvmeStore(EVEN, 1, pwritev=pwritev)
+    store.append(*chunks(EVEN, 1))
+    settle(store)
+    store._writer._blocks = Pausing()
+    ids = store.append(*chunks(EVEN, 1, 1))
+    assert looked.wait(5)
+    slow_from.set()
+    store.release(ids)
+    records, order = chunks(EVEN, 1, 2)
+    assert store.append(records, order) == ids
+    replaced.set()
+    time.sleep(0.05)
+    assert torch.equal(store.read(ids)[0], records)
+    slow.set()
+
+
 def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing():
     def pwritev(descriptor, buffers, offset):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
