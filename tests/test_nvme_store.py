@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hga.store import MemoryStore, NvmeStore, RecordLayout, scratch
-from hga.store.reader import OpenFile, Reader
+from hga.store.reader import OpenFile, Reader, Threads
 from hga.store.scratch import open_scratch
 from hga.store.traffic import Traffic
 
@@ -473,3 +473,13 @@ def test_files_and_threads_go_with_the_store():
         store.append(*chunks(EVEN, 4))
         del store
         assert resources() == before
+
+
+def test_threads_end_after_what_has_begun_and_drop_the_rest():
+    done, begun = [], threading.Event()
+    threads = Threads("hga-test", 1)
+    threads.submit(lambda: (begun.set(), time.sleep(0.1), done.append(0)))
+    threads.submit(lambda: done.append(1))
+    assert begun.wait(5)
+    threads.end(5.0)
+    assert done == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -22,6 +23,7 @@ PAGE_BYTES = 4096
 THREADS = 32
 DEADLINE_SECONDS = 60.0
 """I/O that makes no progress for this long is given up."""
+_END_SECONDS = 5.0  # that a process which ends waits for I/O under way
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 
@@ -192,13 +194,26 @@ class Threads:
 
     def __init__(self, name: str, count: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True) for _ in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
         weakref.finalize(self, _stop, self._jobs, count)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job, which must not raise, in some thread."""
         self._jobs.put(job)
+
+    def end(self, deadline_seconds: float) -> None:
+        """Drop what has not begun, and wait for what has."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        _stop(self._jobs, len(self._threads))
+        until = time.monotonic() + deadline_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 _SHARED: weakref.WeakValueDictionary[tuple[str, int, int], Threads] = weakref.WeakValueDictionary()
@@ -211,6 +226,13 @@ def shared_threads(name: str, count: int) -> Threads:
     if threads is None:
         threads = _SHARED[key] = Threads(name, count)
     return threads
+
+
+@atexit.register
+def _end_all() -> None:
+    """An interpreter that ends under a running thread may abort the process."""
+    for threads in list(_SHARED.values()):
+        threads.end(_END_SECONDS)
 
 
 def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
