@@ -308,13 +308,14 @@ class HGACache(DynamicCache):
         self.loaded_ids = self.loaded_ids[: self.get_seq_length()]
 
     def _check_settled(self) -> None:
-        """RuntimeError if layers may disagree about what they have seen."""
+        """RuntimeError if layers may disagree about what they have seen, ValueError after K/V that are not finite."""
         lengths = {layer.get_seq_length() for layer in self.routed}
         if self._handshake.awaiting is not None or len(lengths) > 1:
             raise RuntimeError(
                 "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; "
                 "call cache.reset() first"
             )
+        self.decoding.check_all_faults()  # a twin, or a file, would not know of them
 
     @property
     def routed(self) -> list[HGALayer]:
