@@ -385,9 +385,10 @@ def test_a_chunk_that_is_replaced_while_its_write_ends_is_the_new_one():
     slow.set()
 
 
-def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing():
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError()], ids=["device", "memory"])
+def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing(error):
     def pwritev(descriptor, buffers, offset):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise error
 
     store, reference = NvmeStore(EVEN, 1, pwritev=pwritev), MemoryStore(EVEN, CPU, "ram")
     given = chunks(EVEN, 6)
@@ -400,6 +401,7 @@ def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_l
         assert_same_bytes(store, reference, ids)
     store.release(ids)
     assert len(store.append(*chunks(EVEN, 1))) == 1  # a new file
+    settle(store)  # its writer lives
 
 
 def test_short_writes_are_continued():

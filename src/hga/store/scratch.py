@@ -169,10 +169,10 @@ class WriteBehind:
                     for chunk in block.ids:
                         if self._blocks.get(chunk) is block:
                             self._blocks.pop(chunk, None)
-        except OSError as error:
+        except Exception as error:  # whatever it is, other files need the thread
+            number, cause = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, repr(error))
             self.error = OSError(
-                error.errno,
-                f"writing {size_bytes:,} bytes at offset {block.offset:,} of {self.file.name}: {error.strerror}",
+                number, f"writing {size_bytes:,} bytes at offset {block.offset:,} of {self.file.name}: {cause}"
             )
         finally:
             self._traffic.queue_write(-size_bytes)
