@@ -14,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from hga.store.traffic import Traffic
 
@@ -35,13 +34,6 @@ class OpenFile:
         self.descriptor = descriptor
         self.name = name
         self.direct = False
-
-    @classmethod
-    def saved(cls, path: Path) -> OpenFile:
-        """An existing file, for reading only. OSError if it cannot be opened."""
-        file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
-        file.try_direct(lambda page: None)
-        return file
 
     def try_direct(self, prepare: Callable[[memoryview], object]) -> None:
         """Turn O_DIRECT on if a real read works with it; `prepare` gets a page and may write it to the file first."""
