@@ -473,6 +473,25 @@ def test_a_writer_whose_file_was_taken_away_starts_again(tmp_path: Path, monkeyp
     assert path.read_bytes() == b"whole"
 
 
+def test_a_writer_whose_file_is_about_to_be_taken_away_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, taken = tmp_path / "a.hga", []
+
+    def lock(descriptor: int, operation: int) -> None:
+        if not taken:  # another process holds the lock already, and removes the file later
+            taken.extend(tmp_path.glob(".a.hga.*.hga-partial"))
+            raise BlockingIOError
+        real_lock(descriptor, operation)
+
+    real_lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with replacing(path, 5) as descriptor:
+        taken[0].unlink()
+        os.write(descriptor, b"whole")
+    assert path.read_bytes() == b"whole"
+
+
 def test_an_interrupted_save_leaves_nothing(model: Any, path: Path) -> None:
     before = path.read_bytes()
 

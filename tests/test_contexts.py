@@ -131,8 +131,19 @@ def test_crop_and_keep_common_on_a_loaded_context(tmp_path: Path) -> None:
             assert torch.equal(answer(model, prompt, loaded)[:, 0], answer(model, prompt, new_cache(model))[:, 0])
         loaded = HGACache.load(path, model)
         assert loaded.keep_common(DOCUMENT[0].tolist()) == 416  # a token is left to read
-        with pytest.raises(ValueError, match="417 ids are not those of the 416 tokens"):
-            loaded.keep_common(DOCUMENT[0].tolist())
+        assert loaded.loaded_ids == tuple(DOCUMENT[0, :416].tolist())
+        loaded.keep_first(400)
+        read(model, QUESTION[:, :17], loaded)  # as long as it was, and another text
+        with pytest.raises(ValueError, match="400 ids are not those of the 417 tokens"):
+            loaded.keep_common(PROMPT[0].tolist())
+
+
+def test_the_size_of_the_ram_cache_stays_with_the_machine(tmp_path: Path) -> None:
+    path, config = tmp_path / "a.hga", SMALL.replace(store="nvme", ram_cache_bytes=1 << 16)
+    with hga.enabled(families.shared("llama"), config) as model:
+        save(model, path, config)
+        assert HGACache.load(path, model).hga_config == config.replace(ram_cache_bytes=None)
+        assert HGACache.load(path, model, store="ram").hga_config == SMALL
 
 
 def test_what_cannot_go_back_is_read_again(tmp_path: Path) -> None:

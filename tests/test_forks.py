@@ -191,6 +191,15 @@ def test_no_fork_in_the_middle_of_a_forward() -> None:
 # ---- going back to what two prompts share ------------------------------------------------------------------
 
 
+def test_no_fork_hides_that_a_step_went_wrong() -> None:
+    with hga.enabled(families.shared("llama"), SMALL) as model:
+        cache = new_cache(model)
+        read(model, families.prompt(300), cache)
+        cache.decoding._on(torch.device("cpu"), 1).faults[0] = 1  # as a kernel reports it
+        with pytest.raises(ValueError, match="hold NaN or infinite numbers"):
+            cache.fork()
+
+
 def test_common_prefix() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([1, 2], [1, 2, 3]) == 2

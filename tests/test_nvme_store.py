@@ -1,18 +1,21 @@
 """The NVMe store: the same bytes as memory's for any cache, and every fault on the way, really caused."""
 
+import contextlib
 import errno
 import gc
 import os
 import resource
 import shutil
+import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
 from hga.store import MemoryStore, NvmeStore, RecordLayout, scratch
-from hga.store.reader import OpenFile, Reader
+from hga.store.reader import OpenFile, Reader, Threads
 from hga.store.scratch import open_scratch
 from hga.store.traffic import Traffic
 
@@ -310,9 +313,85 @@ def test_a_read_that_hangs_meets_a_deadline_and_corrupts_nothing(broken):
     assert_same_bytes(store, reference, ids, 7)
 
 
-def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing():
-    def pwritev(descriptor, buffers, offset):
+def test_an_interrupted_read_corrupts_nothing(broken):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    store, reference, ids, fault = broken
+    before = signal.signal(signal.SIGALRM, interrupt)
+    fault.append(0.25)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch(*asked(EVEN, ids[4:], 4, 1))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    fault.clear()
+    pairs = asked(EVEN, ids[4:], 4, 2)
+    store.fetch(*pairs)
+    time.sleep(0.4)  # the late reads arrive
+    for got, wanted in zip(store.fetch(*pairs), reference.fetch(*pairs), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("side", ["preadv", "pwritev"])
+def test_a_store_that_failed_goes_without_the_garbage_collector(side):
+    def fail(descriptor, buffers, offset):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = NvmeStore(EVEN, 1, **{side: fail})
+    ids = store.append(*chunks(EVEN, 2))
+    settle(store)
+    gone, collecting = weakref.ref(store), gc.isenabled()
+    gc.disable()
+    try:
+        with contextlib.suppress(OSError):
+            store.read(ids)
+            store.append(*chunks(EVEN, 1))
+            raise AssertionError("no error")
+        del store
+        assert gone() is None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def test_a_chunk_that_is_replaced_while_its_write_ends_is_the_new_one():
+    class Pausing(dict):
+        """Lets another thread go on between a look and what follows it, once."""
+
+        def get(self, key, default=None):
+            found = super().get(key, default)
+            if threading.current_thread().name == "hga-write" and not looked.is_set():
+                looked.set()
+                replaced.wait(0.5)
+            return found
+
+    def pwritev(descriptor, buffers, offset):
+        slow.wait(0.5) if slow_from.is_set() else None
+        return os.pwritev(descriptor, buffers, offset)
+
+    looked, replaced, slow_from, slow = (threading.Event() for _ in range(4))
+    store = NvmeStore(EVEN, 1, pwritev=pwritev)
+    store.append(*chunks(EVEN, 1))
+    settle(store)
+    store._writer._blocks = Pausing()
+    ids = store.append(*chunks(EVEN, 1, 1))
+    assert looked.wait(5)
+    slow_from.set()
+    store.release(ids)
+    records, order = chunks(EVEN, 1, 2)
+    assert store.append(records, order) == ids
+    replaced.set()
+    time.sleep(0.05)
+    assert torch.equal(store.read(ids)[0], records)
+    slow.set()
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_loses_nothing(error):
+    def pwritev(descriptor, buffers, offset):
+        raise error(errno.EIO, os.strerror(errno.EIO))
 
     store, reference = NvmeStore(EVEN, 1, pwritev=pwritev), MemoryStore(EVEN, CPU, "ram")
     given = chunks(EVEN, 6)
@@ -325,6 +404,7 @@ def test_a_write_that_fails_behind_the_caller_is_raised_by_the_next_append_and_l
         assert_same_bytes(store, reference, ids)
     store.release(ids)
     assert len(store.append(*chunks(EVEN, 1))) == 1  # a new file
+    settle(store)  # its writer lives
 
 
 def test_short_writes_are_continued():
@@ -365,7 +445,8 @@ def test_a_saved_file_is_read_at_any_offset(folder):
     raw = bytes(range(256)) * 64
     path.write_bytes(raw)
     traffic = Traffic()
-    reader = Reader(OpenFile.saved(path), traffic)
+    reader = Reader(OpenFile(os.open(path, os.O_RDONLY), str(path)), traffic)
+    reader.file.try_direct(lambda page: None)
     reader.file.direct or pytest.skip("this file system refuses O_DIRECT")
     from hga.store.host import allocate_host
 
@@ -398,3 +479,13 @@ def test_files_and_threads_go_with_the_store():
         store.append(*chunks(EVEN, 4))
         del store
         assert resources() == before
+
+
+def test_threads_end_after_what_has_begun_and_drop_the_rest():
+    done, begun = [], threading.Event()
+    threads = Threads("hga-test", 1)
+    threads.submit(lambda: (begun.set(), time.sleep(0.1), done.append(0)))
+    threads.submit(lambda: done.append(1))
+    assert begun.wait(5)
+    threads.end(5.0)
+    assert done == [0]

@@ -71,7 +71,7 @@ class HGACache(DynamicCache):
     stepper: Any
     """What the integration keeps between decode steps: a captured graph."""
     loaded_ids: tuple[int, ...] = ()
-    """Ids of the tokens that a loaded cache began with; what it has read or forgotten since does not change them."""
+    """Ids of the tokens that a loaded cache began with, without those that it has forgotten since."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -251,8 +251,8 @@ class HGACache(DynamicCache):
     def keep_common(self, prompt_ids: Sequence[int], held_ids: Sequence[int] | None = None) -> int:
         """Keep what this cache shares with a prompt, so that only the rest has to be read; returns tokens kept.
 
-        held_ids: those of the cache's tokens; `loaded_ids` by default, for a cache as it was loaded. At least one
-        token of the prompt is left to read. Where the cache cannot go back that far it is emptied.
+        held_ids: those of the cache's tokens; `loaded_ids` by default, for a cache that has read nothing else. At
+        least one token of the prompt is left to read. Where the cache cannot go back that far it is emptied.
         """
         held = self.loaded_ids if held_ids is None else held_ids
         if len(held) != self.get_seq_length():
@@ -300,16 +300,22 @@ class HGACache(DynamicCache):
         """Forget everything and give all memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
-        self.stepper = None
+        self.stepper, self.loaded_ids = None, ()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (0 or negative), as if they had never been fed."""
+        super().crop(tokens_to_remove)
+        self.loaded_ids = self.loaded_ids[: self.get_seq_length()]
 
     def _check_settled(self) -> None:
-        """RuntimeError if layers may disagree about what they have seen."""
+        """RuntimeError if layers may disagree about what they have seen, ValueError after K/V that are not finite."""
         lengths = {layer.get_seq_length() for layer in self.routed}
         if self._handshake.awaiting is not None or len(lengths) > 1:
             raise RuntimeError(
                 "a cache can be neither forked nor saved in the middle of a forward, nor after an interrupted one; "
                 "call cache.reset() first"
             )
+        self.decoding.check_all_faults()  # a twin, or a file, would not know of them
 
     @property
     def routed(self) -> list[HGALayer]:

@@ -70,6 +70,13 @@ class Decoding:
                 "since is not to be trusted. Check the weights and the dtype, then call cache.reset()"
             )
 
+    def check_all_faults(self) -> None:
+        """`check_faults` of every device, when all steps so far are done there."""
+        for device in self._shared:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.check_faults(device)
+
     def counts(self, device: torch.device) -> Tensor:
         """The counts (B, 4) that kernels read."""
         return self._shared[device].counts

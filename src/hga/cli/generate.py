@@ -139,7 +139,7 @@ def _context_config(path: Path, config: HGAConfig, chat: bool) -> HGAConfig:
     if config not in (saved.config, HGAConfig()):
         raise ValueError(
             f"{path} was read by another routing rule (budget_tokens={saved.config.budget_tokens}; see hga context "
-            "info); leave --preset and --budget out"
+            "info) or kept elsewhere; leave --preset, --budget, --store and --ram-cache-gb out"
         )
     if chat:
         raise ValueError(f"--chat: whether {path} is a chat was decided when it was saved; leave --chat out")

@@ -86,7 +86,8 @@ class NvmeStore:
         self.release([])
         check_records(self.layout, records, order)
         if self._writer is not None and self._writer.error is not None:
-            raise self._writer.error
+            error = self._writer.error
+            raise OSError(error.errno, error.strerror)  # a kept one would keep the frames that it passes
         count = len(records)
         grown = self._capacity + max(0, count - len(self._free))
         if self._writer is not None:
@@ -296,11 +297,11 @@ class NvmeStore:
             taken = self._cache.take(len(missing))
             try:
                 self._load(missing, taken)
-            except TimeoutError:
-                self._cache = self._fresh_cache()  # late reads may still write into the old one
-                raise
-            except BaseException:
-                self._cache.give_back(taken)
+            except BaseException as error:
+                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                    self._cache.give_back(taken)
+                else:  # also after an interrupt, late reads may still write into the old one
+                    self._cache = self._fresh_cache()
                 raise
             self._cache.put(missing, taken)
             slots = self._cache.find(pieces)

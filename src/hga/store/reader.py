@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -13,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from hga.store.traffic import Traffic
 
@@ -22,6 +22,7 @@ PAGE_BYTES = 4096
 THREADS = 32
 DEADLINE_SECONDS = 60.0
 """I/O that makes no progress for this long is given up."""
+_END_SECONDS = 5.0  # that a process which ends waits for I/O under way
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 
@@ -33,13 +34,6 @@ class OpenFile:
         self.descriptor = descriptor
         self.name = name
         self.direct = False
-
-    @classmethod
-    def saved(cls, path: Path) -> OpenFile:
-        """An existing file, for reading only. OSError if it cannot be opened."""
-        file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
-        file.try_direct(lambda page: None)
-        return file
 
     def try_direct(self, prepare: Callable[[memoryview], object]) -> None:
         """Turn O_DIRECT on if a real read works with it; `prepare` gets a page and may write it to the file first."""
@@ -158,16 +152,23 @@ class _Batch:
 
     def wait(self, deadline_seconds: float) -> None:
         """Wait for all threads, since they own the buffers; raise what went wrong."""
-        while not self._done.wait(max(0.0, self._moved + deadline_seconds - time.monotonic())):
-            if time.monotonic() - self._moved >= deadline_seconds:
-                self._stopped = True
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
-                    f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
-                )
-        if self._error is not None:
-            raise self._error
+        try:
+            while not self._done.wait(max(0.0, self._moved + deadline_seconds - time.monotonic())):
+                if time.monotonic() - self._moved >= deadline_seconds:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
+                        f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
+                    )
+        except BaseException:  # also an interrupt: what has not begun is not read any more
+            self._stopped = True
+            raise
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: a cycle would keep store and buffers
 
 
 def _behind(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
@@ -185,13 +186,26 @@ class Threads:
 
     def __init__(self, name: str, count: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True) for _ in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
         weakref.finalize(self, _stop, self._jobs, count)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job, which must not raise, in some thread."""
         self._jobs.put(job)
+
+    def end(self, deadline_seconds: float) -> None:
+        """Drop what has not begun, and wait for what has."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        _stop(self._jobs, len(self._threads))
+        until = time.monotonic() + deadline_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 _SHARED: weakref.WeakValueDictionary[tuple[str, int, int], Threads] = weakref.WeakValueDictionary()
@@ -204,6 +218,13 @@ def shared_threads(name: str, count: int) -> Threads:
     if threads is None:
         threads = _SHARED[key] = Threads(name, count)
     return threads
+
+
+@atexit.register
+def _end_all() -> None:
+    """An interpreter that ends under a running thread may abort the process."""
+    for threads in list(_SHARED.values()):
+        threads.end(_END_SECONDS)
 
 
 def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -126,6 +126,7 @@ class WriteBehind:
         self._traffic = traffic
         self._pwritev = pwritev
         self._blocks: dict[int, _Block] = {}  # the newest of each chunk
+        self._lock = threading.Lock()  # none is replaced between the writer's look at it and its removal
         self._cancelled = False
         self._threads = shared_threads("hga-write", 1)
 
@@ -136,7 +137,8 @@ class WriteBehind:
         _ROOM.take(size_bytes, self.file.name)
         self._traffic.queue_write(size_bytes)
         block = _Block(ids, memory, rows, offset)
-        self._blocks.update(dict.fromkeys(ids, block))
+        with self._lock:
+            self._blocks.update(dict.fromkeys(ids, block))
         self._threads.submit(functools.partial(self._write, block))
 
     def find(self, chunk: int) -> Any:
@@ -163,13 +165,14 @@ class WriteBehind:
         try:
             if self.error is None and not self._cancelled:
                 self._write_whole(block)
-                for chunk in block.ids:
-                    if self._blocks.get(chunk) is block:
-                        self._blocks.pop(chunk, None)
-        except OSError as error:
+                with self._lock:
+                    for chunk in block.ids:
+                        if self._blocks.get(chunk) is block:
+                            self._blocks.pop(chunk, None)
+        except Exception as error:  # whatever it is, other files need the thread
+            number, cause = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, repr(error))
             self.error = OSError(
-                error.errno,
-                f"writing {size_bytes:,} bytes at offset {block.offset:,} of {self.file.name}: {error.strerror}",
+                number, f"writing {size_bytes:,} bytes at offset {block.offset:,} of {self.file.name}: {cause}"
             )
         finally:
             self._traffic.queue_write(-size_bytes)

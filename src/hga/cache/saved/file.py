@@ -213,9 +213,15 @@ def _open_partial(path: Path) -> tuple[Path, int]:
     for _ in range(_TRIES):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: nothing is cleaned up there either
+        taken = False
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_same(partial, descriptor):  # another save may have taken it for abandoned before it was locked
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            pass  # a file system without locks: nothing is cleaned up there either
+        # Another save may take it for abandoned before it is locked, and remove it now or soon.
+        if not taken and _is_same(partial, descriptor):
             return partial, descriptor
         os.close(descriptor)
     raise OSError(errno.EAGAIN, "other saves to this path took its temporary file away, again and again")

@@ -17,6 +17,7 @@ _NAMES = (
     *("sliding_window", "attention_bias", "query_pre_attn_scalar", "partial_rotary_factor"),
     *("attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers", "use_bidirectional_attention"),
     *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+    *("swiglu_alpha", "swiglu_limit"),
 )
 _HASHED_AT_ONCE = 64 << 20
 

@@ -114,7 +114,7 @@ def load_context(kind: type[Any], path: Path, model: Any, store: str | None, rep
     descriptor, context, table = open_context(path)
     opened = _OpenFile(descriptor, path)
     check_same_model(context.model, model_fingerprint(model), str(path))
-    config = context.config if store is None else context.config.replace(store=store)
+    config = context.config if store is None else context.config.replace(store=store, ram_cache_bytes=None)
     cache = kind(config=model.config, hga_config=config)
     if len(cache.layers) != len(context.layers):
         raise ValueError(f"{path} holds {len(context.layers)} layers, the model has {len(cache.layers)}")

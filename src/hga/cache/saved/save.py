@@ -38,7 +38,8 @@ def save_context(
     layers = [describe(layer, cache.hga_config) for layer in cache.layers]
     if any(row.length != held for layer in cache.routed for row in layer.rows):
         raise ValueError("a cache whose row holds padding cannot be saved; read the sequence without padding")
-    context = describe_context(path, ids, cache.hga_config, model_fingerprint(model), suffix, layers)
+    config = cache.hga_config.replace(ram_cache_bytes=None)  # that is this machine's matter
+    context = describe_context(path, ids, config, model_fingerprint(model), suffix, layers)
     with replacing(path, context.size_bytes) as descriptor:
         _Writer(descriptor, context, report).write(cache, ids)
     return context
