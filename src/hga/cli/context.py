@@ -116,7 +116,8 @@ def info(path: SavedFile, json: Json = False) -> None:
         "token ids": f"xxh3 {saved.token_ids_xxh3}",
         "routing": rule,
     }.items():
-        console.print(f"{name:>10}  {value}", markup=False, soft_wrap=True)
+        shown = "".join(letter if letter.isprintable() else "?" for letter in value)  # a file may hold anything
+        console.print(f"{name:>10}  {shown}", markup=False, soft_wrap=True)
 
 
 @app.command("verify")
