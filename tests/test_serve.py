@@ -157,6 +157,21 @@ def test_malformed_bodies_are_refused(server: Running, body: bytes) -> None:
     refused(response, 400, "")
 
 
+def test_a_flood_of_wrong_values_is_told_of_once(server: Running) -> None:
+    flood = {str(number): number for number in range(10_000)}
+    refused(complete(server, [-1] * 10_000), 400, "prompt")
+    assert " at 0x" not in complete(server, stop=[1] * 20).text
+    refused(complete(server, **flood), 400, "10004 fields; the most is 100")
+    refused(complete(server, logit_bias=flood), 400, "logit_bias: Value error, an object with 10000 fields")
+    message = {"role": "user", "content": "x"}
+    refused(chat(server, message, metadata=flood), 400, "metadata: Value error, an object with 10000 fields")
+    refused(chat(server, message | flood), 400, "messages.0: Value error, an object with 10002 fields")
+    several = chat(server, *[{"role": "nobody", "content": "x"}] * 10_000)
+    refused(several, 400, "messages.0.role")
+    assert "messages.1" not in several.text
+    refused(chat(server, {"role": "user", "content": [{"type": "image"}] * 10_000}), 400, "content")
+
+
 def test_other_pages_cannot_send_simple_requests(server: Running) -> None:
     body = json.dumps({"model": "served", "prompt": "x"})
     response = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "text/plain"})

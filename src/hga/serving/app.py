@@ -264,7 +264,7 @@ async def _invalid(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     reasons = []
     for problem in error.errors()[:3]:
-        place = ".".join(str(part) for part in problem["loc"][1:] if not str(part).startswith("function-"))
+        place = ".".join(str(part) for part in problem["loc"][1:] if "function-" not in str(part))
         reasons.append(f"{place[:100]}: {problem['msg']}" if place else str(problem["msg"]))
     reason = "; ".join(reasons).encode("utf-8", "replace").decode()
     return JSONResponse(error_body(400, reason or "the request is malformed"), 400)

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from hga.serving.engine import Done
 from hga.serving.sampling import Sampling
@@ -15,6 +15,7 @@ from hga.serving.sampling import Sampling
 DEFAULT_TOKENS = 1024
 """Tokens of an answer whose request gives no number, where the context has room for them."""
 _LARGEST_SEED = 2**63 - 1
+_MOST_FIELDS = 100
 
 
 def _encodable(text: str) -> str:
@@ -23,6 +24,13 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which is no character") from None
     return text
+
+
+def _few(fields: Any) -> Any:
+    """Refused at once: a million wrong fields would be a million errors in memory."""
+    if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
+        raise ValueError(f"an object with {len(fields)} fields; the most is {_MOST_FIELDS}")
+    return fields
 
 
 PlainText = Annotated[str, AfterValidator(_encodable)]
@@ -34,6 +42,11 @@ OnlyNothing = Annotated[Literal[False] | None, Field(description="Not supported:
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, fields: Any) -> Any:
+        return _few(fields)
 
 
 class TextPart(_Body):
@@ -47,7 +60,7 @@ class Message(_Body):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: PlainText | list[TextPart]
+    content: PlainText | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, description="Accepted and ignored.")
 
     def text(self) -> str:
@@ -84,7 +97,9 @@ class _Asked(_Body):
     n: Literal[1] | None = Field(None, description="One answer a request.")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="Not supported.")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="Not supported.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0), BeforeValidator(_few)] | None = Field(
+        None, description="Not supported."
+    )
     user: str | None = Field(None, description="Accepted and ignored.")
 
     def stops(self) -> tuple[str, ...]:
@@ -109,7 +124,7 @@ class _Asked(_Body):
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None
     enable_thinking: bool | None = Field(None, description="Handed to the chat template, which may know it.")
     generation_config: str | None = Field(None, max_length=10_000, description="What transformers' chat client sends.")
@@ -119,7 +134,7 @@ class ChatRequest(_Asked):
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="Without tools it says nothing.")
     store: OnlyNothing = None
-    metadata: dict[str, str] | None = Field(None, description="Accepted and ignored.")
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = Field(None, description="Accepted and ignored.")
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +153,11 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """POST /v1/completions."""
 
-    prompt: PlainText | Annotated[list[PlainText], Field(min_length=1, max_length=1)] | list[TokenId]
+    prompt: (
+        PlainText
+        | Annotated[list[PlainText], Field(min_length=1, max_length=1)]
+        | Annotated[list[TokenId], Field(fail_fast=True)]
+    )
     max_tokens: MaxTokens | None = 16
     logprobs: None = Field(None, description="Not supported.")
     echo: OnlyNothing = None
