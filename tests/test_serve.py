@@ -74,6 +74,14 @@ def test_repetition_penalty(server: Running) -> None:
     assert answer["choices"][0]["text"] != generated(server, "again and again", 40)
 
 
+def test_a_temperature_near_zero_is_greedy(server: Running) -> None:
+    for temperature in (1e-4, 1e-40, 1e-320):
+        answer = complete(server, "cold", max_tokens=20, temperature=temperature, repetition_penalty=0.01)
+        expected = generated(server, "cold", 20, repetition_penalty=0.01)
+        assert answer.json()["choices"][0]["text"] == expected, answer.text
+    refused(complete(server, repetition_penalty=1e-40), 400, "repetition_penalty: ")
+
+
 def test_exact_prefill_reuses_too() -> None:
     model, tokenizer = model_and_tokenizer()
     with serving(model, tokenizer, SMALL.replace(prefill="exact")) as server:

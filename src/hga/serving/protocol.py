@@ -88,7 +88,7 @@ class _Asked(_Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     seed: int | None = Field(None, ge=-_LARGEST_SEED, le=_LARGEST_SEED)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     max_tokens: MaxTokens | None = None

@@ -26,6 +26,8 @@ _UNSUPPORTED = (
 )
 _GENERATE_TOP_K = 50
 """What `generate` takes for a model that samples and does not say."""
+_COLDEST = 1e-4
+"""Below it the likeliest token is certain, and logits divided by the temperature may overflow."""
 _HARMLESS: tuple[Any, ...] = (None, 0, 1.0, [], {})
 
 
@@ -70,7 +72,7 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         self._generator: torch.Generator | None = None
-        if sampling.temperature == 0:
+        if sampling.temperature < _COLDEST:
             return
         self._generator = torch.Generator()
         if sampling.seed is None:
