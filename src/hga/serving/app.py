@@ -121,6 +121,8 @@ class _Desk:
         self._engine = engine
         self._served = served
         self._sampling = Sampling.default(engine.model.generation_config)
+        longest = max(len(token) for token in engine.tokenizer.get_vocab())
+        self._most_characters = served.max_context_tokens * longest
         self._encoding = threading.Lock()  # fast tokenizers cannot be set up by two threads at once
 
     def check_model(self, name: Any) -> None:
@@ -157,6 +159,12 @@ class _Desk:
         return ids
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) > self._most_characters:  # refused before all others wait for its tokens
+            raise Refused(
+                413,
+                f"a text of {len(text):,} characters exceeds the {self._served.max_context_tokens} tokens of this "
+                "server's context, even if all were the longest",
+            )
         with self._encoding:
             return list(self._engine.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
