@@ -20,6 +20,7 @@ from server import SMALL, Running, model_and_tokenizer, serving
 from tiny_model import byte_tokenizer, tiny_model
 
 import hga
+from hga.cache.row import Row
 from hga.serving.contexts import find_saved
 from hga.serving.engine import Done, Failed, Job
 
@@ -300,6 +301,23 @@ def test_failures_end_one_request_alone(server: Running, monkeypatch: pytest.Mon
         lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     assert "error" in json.loads(lines[-1][6:])
     assert complete(server).json()["choices"][0]["text"] == generated(server, "a prompt", 4)
+
+
+def test_a_failed_forward_leaves_no_memory_to_the_collector(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = Row.attend
+    rows: list[Row] = []
+
+    def fail(row: Row, *arguments: Any) -> Any:
+        rows.append(row)
+        if len(rows) == 8:
+            raise MemoryError("in the middle of a forward")
+        return attend(row, *arguments)
+
+    monkeypatch.setattr(Row, "attend", fail)
+    refused(complete(server, [7] * 1500), 503, "not enough memory")
+    server.wait_until_idle()
+    assert len(rows) == 8
+    assert not any(row.window_bytes() + row.chunks for row in rows)
 
 
 def test_a_client_that_goes_away_frees_everything(server: Running) -> None:

@@ -166,10 +166,12 @@ class Engine:
                 self._advance(job, job.answer)
         except (MemoryError, torch.OutOfMemoryError) as error:
             logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
+            _release(job)
             self._contexts.shrink(0)
             self._end(job, Failed("there is not enough memory for this request now; try again or send less", 503))
         except Exception:
             logger.exception("a request failed")
+            _release(job)
             self._end(job, Failed("the answer failed; the server's log says why"))
 
     def _start(self, job: Job) -> None:
@@ -244,3 +246,9 @@ class Engine:
             self._metrics.under_way.set(len(self._jobs))
         self._metrics.kept(len(self._contexts), self._by_place(self._contexts.held_bytes()), self._contexts.evictions)
         job.report(event)
+
+
+def _release(job: Job) -> None:
+    """Give a failed answer's memory back now: layers that were cut off in a forward know each other in a circle."""
+    if job.answer is not None:
+        job.answer.cache.reset()
