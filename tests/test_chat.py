@@ -182,6 +182,31 @@ def test_a_document_that_was_saved_is_a_document_that_is_given(
     assert "holds a text and no chat" in capsys.readouterr().err
 
 
+def test_what_goes_wrong_with_a_line_does_not_end_the_chat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = Conversation.begin
+    for raised, said in ((KeyboardInterrupt(), "stopped"), (torch.OutOfMemoryError("full"), "full")):
+
+        def fail(conversation: Conversation, question: str, *arguments: Any, raised: Any = raised) -> Any:
+            if question == "Two?":
+                conversation.cache.keep_first(3)  # cut off in the middle of going back
+                raise raised
+            return begin(conversation, question, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Conversation, "begin", fail)
+            assert chat(folder, "One?\nTwo?\nThree?\n", patch) == 0
+        out, err = capsys.readouterr()
+        assert said in err
+        assert chat(folder, "One?\nThree?\n", monkeypatch) == 0
+        assert capsys.readouterr().out == out
+    assert chat(folder, "One?\nb\udcffd\nTwo?\n/stats\n", monkeypatch) == 0
+    err = capsys.readouterr().err
+    assert "no UTF-8" in err
+    assert "last turn" in err
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
     command = [sys.executable, "-u", "-m", "hga", "chat", "--model", str(folder), "--max-new-tokens", "1900"]
     process = subprocess.Popen(

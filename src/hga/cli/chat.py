@@ -103,6 +103,8 @@ class _Chat:
 
     def run(self) -> None:
         """Answer lines until there are no more."""
+        import torch
+
         for line in _lines():
             try:
                 if line.startswith("/") and not line.startswith("//"):
@@ -111,7 +113,10 @@ class _Chat:
                     self._command(*line.split(maxsplit=1))
                 elif line.strip():
                     self._answer(line[1:] if line.startswith("//") else line)
-            except (ValueError, OSError, MemoryError) as error:
+            except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
+                self._conversation.forget_cache()  # it may have been cut off in the middle of a change
+                say(f"hga: {' '.join(str(error).split()) or 'stopped'}; the next turn reads everything again")
+            except (ValueError, OSError) as error:
                 say(f"hga: {' '.join(str(error).split())}")
 
     def _command(self, name: str, argument: str = "") -> None:
@@ -135,6 +140,10 @@ class _Chat:
             raise ValueError(f"{name} is no command; /help lists them, // sends a line that begins with /")
 
     def _answer(self, question: str) -> None:
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the line is no UTF-8 text, and was not sent") from None
         conversation, text = self._conversation, ""
         answer = conversation.begin(question, self._sampling, self._max_new_tokens)
         self._last = answer
