@@ -68,14 +68,16 @@ class Contexts:
                 best, most = context, spared
         for file in self._saved:
             common = min(common_prefix(file.ids, prompt_ids), len(prompt_ids) - 1)
-            if common > most and all(context.ids != file.ids for context in self._live):
+            is_loaded = any(context.owner is EVERYBODY and context.ids == file.ids for context in self._live)
+            if common > most and not is_loaded:
                 try:
                     loaded = Context(EVERYBODY, file.ids, HGACache.load(file.path, model))
                 except (ValueError, OSError):
                     logger.exception("%s cannot be used, prompts are read instead", file.path)
                     continue
                 self._live.append(loaded)
-                best, most = loaded, loaded.serves(owner, prompt_ids)
+                if (spared := loaded.serves(owner, prompt_ids)) > most:
+                    best, most = loaded, spared
         if best is not None:
             self._live.remove(best)
             self._live.append(best)
