@@ -21,7 +21,7 @@ from tiny_model import byte_tokenizer, tiny_model
 
 import hga
 from hga.cache.row import Row
-from hga.serving.contexts import find_saved
+from hga.serving.contexts import Contexts, find_saved
 from hga.serving.engine import Done, Failed, Job
 
 KEYS = ("first-key-of-the-test", "second-key-of-the-test")
@@ -105,6 +105,20 @@ def test_a_model_that_cannot_go_back_is_read_again_or_reused_whole() -> None:
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         longer = complete(server, [*ids, *range(70, 90)], max_tokens=3).json()
         assert longer["usage"]["prompt_tokens_details"]["cached_tokens"] == 150
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3_next"])
+def test_layers_that_do_not_route_count_for_the_limit(name: str) -> None:
+    import families
+
+    model = families.build(name)
+    with hga.enabled(model, SMALL), torch.no_grad():
+        cache = hga.HGACache(config=model.config, hga_config=SMALL)
+        model(torch.arange(5, 40)[None], past_key_values=cache)
+        own = cache.stats().device_bytes
+        others = [layer for layer in cache.layers if layer not in cache.routed]
+        assert others
+        assert cache.held_bytes(set())["device"] > own
 
 
 BAD = {
@@ -429,6 +443,10 @@ def test_saved_contexts_serve_every_key(tmp_path: Path) -> None:
             answer = complete(server, document + key, key, max_tokens=9).json()
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(ids)
             assert answer["choices"][0]["text"] == generated_by(server, key, document + key)
+    # A key that has sent just the saved text does not keep others from it.
+    contexts = Contexts(1 << 30, find_saved(tmp_path, SMALL))
+    contexts.add("one", ids, cache.fork())
+    assert contexts.find("other", [*ids, 5], model)[1] == len(ids)
     with pytest.raises(ValueError, match="another routing rule"):
         find_saved(tmp_path, hga.HGAConfig())
     other = tiny_model(hidden_size=16)

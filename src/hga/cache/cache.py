@@ -130,7 +130,7 @@ class HGACache(DynamicCache):
 
         counted: identities of the stores that are counted already, which forks share; this cache's are added.
         """
-        held = {"device": self.decoding.held_bytes()}
+        held = {"device": self.decoding.held_bytes() + sum(map(_unrouted_bytes, self.layers))}
         for layer in self.routed:
             held["device"] += layer.summary_bytes() + layer.window_bytes() + layer.cached_bytes()
             identity = layer.store_identity()
@@ -345,6 +345,12 @@ class HGACache(DynamicCache):
                 routed_layers=len(routed),
             )
             self.layers[index] = HGALayer(self.hga_config, index, shape, self._handshake, self.decoding)
+
+
+def _unrouted_bytes(layer: Any) -> int:
+    """Bytes that a layer of transformers' own holds, what its views hide included; 0 for a routed layer."""
+    held = [x for state in vars(layer).values() for x in (state.values() if isinstance(state, dict) else [state])]
+    return sum(x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor))
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
