@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +19,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(highlight=False)
+_PIPED_COLUMNS = 160  # a file or pipe has no edge that tables must be cut at
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_COLUMNS)
 messages = Console(stderr=True, highlight=False)
 
 
