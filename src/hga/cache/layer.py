@@ -14,12 +14,13 @@ from hga.cache.decoding import Decoding, LayerDecoder
 from hga.cache.families import fingerprint
 from hga.cache.kernels import kernels_serve
 from hga.cache.layout import archived_chunks, record_layout
+from hga.cache.padding import leading_pads
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
+from hga.cache.stores import open_store
 from hga.config import HGAConfig
 from hga.ops.precision import Rows
-from hga.store import MemoryStore, NvmeStore, RecordLayout, Store, Traffic
-from hga.store.host import GIB, available_host_bytes
+from hga.store import NvmeStore, RecordLayout, Store, Traffic
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -93,10 +94,8 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        open_store = functools.partial(
-            _open_store, self.hga_config, self.device, self.shape.routed_layers, self._stores
-        )
-        self.rows = [Row(self.hga_config, open_store, self.counters, frequencies) for _ in range(key_states.shape[0])]
+        opening = functools.partial(open_store, self.hga_config, self.device, self.shape.routed_layers, self._stores)
+        self.rows = [Row(self.hga_config, opening, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def open_store(self, layout: RecordLayout, filled: Store | None = None) -> Store:
@@ -293,27 +292,7 @@ class HGALayer(CacheLayerMixin):
 
     def _pads(self, padding: Tensor | None, tokens: int, seen: int) -> list[int]:
         """Leading pad tokens of each row among the last `tokens` of `seen`."""
-        padded_before = [seen - tokens - row.length for row in self.rows]
-        if padding is None:
-            if any(padded_before):
-                raise ValueError(
-                    f"rows of this cache hold {padded_before} pad tokens, and this call has no attention_mask; "
-                    "pass the mask of the whole sequence"
-                )
-            return [0] * len(self.rows)
-        if padding.shape[1] != seen:
-            raise ValueError(f"attention_mask covers {padding.shape[1]} tokens, the cache {seen}; it must cover all")
-        if not any(padded_before) and bool(padding.all()):
-            return [0] * len(self.rows)
-        pads = (~padding).sum(1).tolist()
-        leading = (padding.long().cumsum(1) == 0).sum(1).tolist()
-        for index, (row, total, lead) in enumerate(zip(self.rows, pads, leading, strict=True)):
-            if total != lead or (row.length and total != padded_before[index]):
-                raise ValueError(
-                    f"row {index} of attention_mask has padding that is not at its left (or that changed since the "
-                    "last call); hga supports left padding: set tokenizer.padding_side = 'left'"
-                )
-        return [lead - before for lead, before in zip(leading, padded_before, strict=True)]
+        return leading_pads(padding, [row.length for row in self.rows], tokens, seen)
 
     # ---- accounting ----------------------------------------------------------------------------------
 
@@ -344,10 +323,6 @@ class HGALayer(CacheLayerMixin):
     def traffic(self) -> tuple[int, int, int]:
         """Hits and misses of that cache, and unique groups asked of it. Waits for the device."""
         return (0, 0, 0) if self._decoder is None else self._decoder.traffic()
-
-    def archived_tokens(self) -> int:
-        """Tokens in closed chunks, summed over rows (shared chunks count for each)."""
-        return sum(row.chunks * self.hga_config.chunk_size for row in self.rows)
 
     # ---- checks that a model's forward makes beforehand ----------------------------------------------
 
@@ -444,19 +419,3 @@ class HGALayer(CacheLayerMixin):
             raise RuntimeError(
                 "an HGACache is for inference: wrap the call in torch.no_grad(), or train without a cache"
             )
-
-
-def _open_store(
-    config: HGAConfig, device: torch.device, layers: int, opened: list[Store], layout: RecordLayout
-) -> Store:
-    """The store that a layer's rows share. It is no method: rows that knew their layer would be a cycle with it,
-    and a dropped cache's memory would wait for the garbage collector.
-    """
-    if not opened:
-        if config.store in ("nvme", "auto"):
-            ram_bytes = config.ram_cache_bytes or (available_host_bytes() or 2 * GIB) // 2
-            share = max(layout.chunk_bytes, ram_bytes // layers)
-            opened.append(NvmeStore(layout, share, spill=config.store == "auto"))
-        else:
-            opened.append(MemoryStore(layout, torch.device("cpu") if config.store == "ram" else device, config.store))
-    return opened[0]

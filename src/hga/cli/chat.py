@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hga.cli.options import Budget, Device, Dtype, GgufFile, Model, Preset, Rope, load, read_text, routing
+from hga.cli.options import (
+    Budget,
+    Device,
+    Dtype,
+    GgufFile,
+    Model,
+    Preset,
+    Rope,
+    load,
+    read_text,
+    routing,
+    saved_routing,
+)
 from hga.cli.output import byte_progress, console, in_bytes, messages, say, token_progress
-from hga.config import HGAConfig
 from hga.models import SMOLLM2
 
 if TYPE_CHECKING:
@@ -66,7 +77,7 @@ def chat(
     texts = [read_text(path) for path in document or []]
     config = routing(preset, budget)
     if context is not None:
-        config = _rule_of(context, config)
+        config = saved_routing(context, config, "--preset and --budget")
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
 
     import hga
@@ -80,16 +91,6 @@ def chat(
         else:
             conversation = Conversation.resume(context, loaded, tokenizer)
         _Chat(conversation, sampling, max_new_tokens).run()
-
-
-def _rule_of(context: Path, config: HGAConfig) -> HGAConfig:
-    """The rule by which a context was read, which is the one that goes on. ValueError where another is asked."""
-    from hga.cache.saved import read_context
-
-    saved = read_context(context)
-    if config not in (saved.config, HGAConfig()):
-        raise ValueError(f"{context} was read by another routing rule; leave --preset and --budget out")
-    return saved.config
 
 
 class _Chat:

@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hga.cli import recall, suite
-from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
+from hga.cli.options import (
+    Configs,
+    Device,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Rope,
+    load,
+    parse_share,
+    read_rules,
+    read_text,
+)
 from hga.cli.output import console, emit, in_bytes, table, token_progress
-from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
 
 if TYPE_CHECKING:
@@ -42,10 +53,7 @@ def nll(
         typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125."),
     ] = None,
     score: Annotated[str, typer.Option("--score", help="Positions to score: half (the second) or all.")] = "half",
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
-    ] = None,
+    config: Configs = None,
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
     rope_scaling: Rope = None,
@@ -61,8 +69,7 @@ def nll(
 
     Example: hga eval nll --document book.txt --tokens 8192 --rules dense,paper,balanced --budget 1/6
     """
-    own = {path.stem: HGAConfig.from_json(read_text(path)) for path in config or []}
-    names = [name.strip() for name in rules.split(",") if name.strip()] + [n for n in own if n not in rules.split(",")]
+    names, own = read_rules(rules, config)
     text = read_text(document)
     share = None if budget is None else parse_share(budget)
     if tokens < 5:

@@ -24,9 +24,9 @@ from hga.cli.options import (
     load,
     read_text,
     routing,
+    saved_routing,
 )
 from hga.cli.output import emit, in_bytes, say, token_progress
-from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def generate(
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
     config = routing(preset, budget, ram_cache_gb, store=store)
     if context is not None:
-        config = _context_config(context, config, chat)
+        config = saved_routing(context, config, "--preset, --budget, --store and --ram-cache-gb")
+        if chat:
+            raise ValueError(f"--chat: whether {context} is a chat was decided when it was saved; leave --chat out")
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
 
     import hga
@@ -129,21 +131,6 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Tensor:
     if not ids:
         raise ValueError("the prompt holds no token of the model's vocabulary; give at least a word")
     return torch.tensor([ids])
-
-
-def _context_config(path: Path, config: HGAConfig, chat: bool) -> HGAConfig:
-    """The rule by which a saved context was read, which is the one that goes on. ValueError where another is asked."""
-    from hga.cache.saved import read_context
-
-    saved = read_context(path)
-    if config not in (saved.config, HGAConfig()):
-        raise ValueError(
-            f"{path} was read by another routing rule (budget_tokens={saved.config.budget_tokens}; see hga context "
-            "info) or kept elsewhere; leave --preset, --budget, --store and --ram-cache-gb out"
-        )
-    if chat:
-        raise ValueError(f"--chat: whether {path} is a chat was decided when it was saved; leave --chat out")
-    return saved.config
 
 
 def _continue(path: Path, model: Any, tokenizer: Any, text: str) -> tuple[Any, Tensor, int]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hga.cli.options import load, parse_share, read_text
+from hga.cli.options import load, parse_share, read_rules, read_text, split_names
 from hga.cli.output import console, emit, in_bytes, say, table, token_progress
-from hga.config import HGAConfig
 from hga.evals.summary import label, task_scores
 from hga.models import check_positions
 
@@ -111,19 +110,17 @@ def _settings(options: Options, texts: Mapping[str, str]) -> Settings:
     from hga.evals.suite import PARTS, Settings, sha256
     from hga.evals.tasks import TASKS
 
-    parts = tuple(_names(options.suite))
+    parts = tuple(split_names(options.suite))
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"--suite {options.suite!r} must name parts of {', '.join(PARTS)}")
     if options.score not in ("half", "all"):
         raise ValueError(f"--score {options.score} must be half or all")
-    lengths = tuple(_count(text, "--tokens", 5) for text in _names(options.tokens))
-    budgets = None if options.budget is None else tuple(_names(options.budget))
+    lengths = tuple(_count(text, "--tokens", 5) for text in split_names(options.tokens))
+    budgets = None if options.budget is None else tuple(split_names(options.budget))
     for budget in budgets or ():
         parse_share(budget)
-    own = {path.stem: HGAConfig.from_json(read_text(path)).to_json() for path in options.config or []}
-    rules = [name for name in _names(options.rules) if name != "dense"] + [
-        name for name in own if name not in _names(options.rules)
-    ]
+    names, own = read_rules(options.rules, options.config)
+    rules = [name for name in names if name != "dense"]
     for name, value, least in (
         ("--examples", options.examples, 1),
         ("--new-tokens", options.new_tokens, 2),
@@ -138,9 +135,9 @@ def _settings(options: Options, texts: Mapping[str, str]) -> Settings:
         tokens=lengths,
         rules=tuple(rules),
         budgets=budgets or (None,),
-        own=own,
+        own={name: config.to_json() for name, config in own.items()},
         score_all=options.score == "all",
-        tasks=tuple(check_tasks(TASKS if options.tasks == "all" else _names(options.tasks))),
+        tasks=tuple(check_tasks(TASKS if options.tasks == "all" else split_names(options.tasks))),
         examples=options.examples,
         new_tokens=options.new_tokens,
         sample_tokens=options.sample_tokens,
@@ -156,10 +153,6 @@ def _label(options: Options) -> str:
     else:
         name = folder.resolve().name if folder.is_dir() else options.model
     return name if options.rope_scaling is None else f"{name} {options.rope_scaling}"
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _count(value: str | int, option: str, least: int) -> int:

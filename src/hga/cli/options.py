@@ -27,6 +27,10 @@ Budget = Annotated[
     int | None,
     typer.Option("--budget", metavar="N", help="Exact tokens a query, instead of the preset's own number."),
 ]
+Configs = Annotated[
+    list[Path] | None,
+    typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
+]
 Store = Annotated[
     str,
     typer.Option(
@@ -66,6 +70,33 @@ def routing(preset: str, budget: int | None, ram_cache_gb: float | None = None, 
     if budget is not None:
         changes["budget_tokens"] = budget
     return HGAConfig.preset(preset, **changes)
+
+
+def saved_routing(context: Path, config: HGAConfig, options: str) -> HGAConfig:
+    """The rule by which a saved context was read, which is the one that goes on. ValueError where another is asked.
+
+    options: those that ask for it.
+    """
+    from hga.cache.saved import read_context
+
+    saved = read_context(context)
+    if config not in (saved.config, HGAConfig()):
+        raise ValueError(
+            f"{context} was read by another routing rule (budget_tokens={saved.config.budget_tokens}; see hga context "
+            f"info) or kept elsewhere; leave {options} out"
+        )
+    return saved.config
+
+
+def split_names(text: str) -> list[str]:
+    """Names apart from their commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def read_rules(rules: str, config: list[Path] | None) -> tuple[list[str], dict[str, HGAConfig]]:
+    """Names of the rules asked for, and the configs among them by name. ValueError for a file that is no config."""
+    own = {path.stem: HGAConfig.from_json(read_text(path)) for path in config or []}
+    return list(dict.fromkeys([*split_names(rules), *own])), own
 
 
 def read_text(path: Path) -> str:

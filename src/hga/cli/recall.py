@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope, load, parse_share, read_text
+from hga.cli.options import (
+    Configs,
+    Device,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Rope,
+    load,
+    parse_share,
+    read_rules,
+    read_text,
+)
 from hga.cli.output import console, emit, messages, table
-from hga.config import HGAConfig
 from hga.models import SMOLLM2, check_positions
 
 if TYPE_CHECKING:
@@ -27,10 +38,7 @@ def recall(
     budget: Annotated[
         str, typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125.")
     ] = "1/32",
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
-    ] = None,
+    config: Configs = None,
     queries: Annotated[int, typer.Option("--queries", metavar="N", help="Positions sampled in the second half.")] = 256,
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
@@ -46,8 +54,7 @@ def recall(
 
     Example: hga eval recall --document book.txt --tokens 8192 --rules contiguous,balanced,quest
     """
-    own = {path.stem: HGAConfig.from_json(read_text(path)) for path in config or []}
-    names = [name.strip() for name in rules.split(",") if name.strip()] + [n for n in own if n not in rules.split(",")]
+    names, own = read_rules(rules, config)
     text = read_text(document)
     share = parse_share(budget)
     from hga.evals.nll import first_tokens

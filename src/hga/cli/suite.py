@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hga.cli.measure import Options, measure
-from hga.cli.options import Device, Dtype, GgufFile, Json, Model, Rope
+from hga.cli.options import Configs, Device, Dtype, GgufFile, Json, Model, Rope
 from hga.cli.output import in_bytes, say
 from hga.models import SMOLLM2
 
@@ -23,10 +23,6 @@ Rules = Annotated[
 Budgets = Annotated[
     str | None,
     typer.Option("--budget", metavar="F,...", help="Exact tokens a query as shares of the context: 1/32,1/16."),
-]
-Configs = Annotated[
-    list[Path] | None,
-    typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
 ]
 Tasks = Annotated[str, typer.Option("--tasks", help="Task names; by default all that the documents can be used for.")]
 Examples = Annotated[int, typer.Option("--examples", metavar="N", help="Of each task, document and length.")]

@@ -14,7 +14,6 @@ import xxhash
 from torch import Tensor
 
 from hga.cache.saved.file import (
-    PAGE_BYTES,
     FileLayout,
     Spec,
     checksum,
@@ -27,6 +26,7 @@ from hga.cache.saved.file import (
 from hga.cache.saved.layers import SavedLayer, named
 from hga.config import HGAConfig
 from hga.store import RecordLayout
+from hga.store.reader import PAGE_BYTES
 
 FORMAT = "hga-context"
 VERSION = 1

@@ -19,9 +19,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hga.store.reader import PAGE_BYTES
+
 Buffer = bytes | memoryview
 
-PAGE_BYTES = 4096
 LARGEST_HEADER_BYTES = 1 << 20
 """Some hundred bytes a tensor, ten tensors a layer: far more than any model needs. It bounds what is parsed."""
 

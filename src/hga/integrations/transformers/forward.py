@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,14 @@ from transformers import DynamicCache
 
 def cache_argument(model: Any) -> str:
     """The name by which a model's forward takes its cache: "cache" from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    innermost = inspect.unwrap(model.forward)
+    return _argument_of(getattr(innermost, "__func__", innermost))
+
+
+@functools.cache
+def _argument_of(forward: Callable[..., Any]) -> str:
+    """Of a class's function: it holds no model, and a signature takes too long to be read at every token."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def forward_with_cache(model: Any, ids: Tensor, cache: DynamicCache, logits_to_keep: int = 1) -> Any:
