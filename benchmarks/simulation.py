@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hga.config import TILE_TOKENS, HGAConfig
+from hga.ops.coding import decode_differences, encode_differences
 from hga.ops.ordering import content_order
 from hga.ops.precision import compute_dtype, decode_rows, encode_rows, resolve_summary_dtype
 from hga.ops.summaries import summarise_keys
@@ -81,11 +82,8 @@ def _tile(
     group_keys = summarise_keys(grouped_keys, size, frequencies)
     group_values = grouped_values.unflatten(1, (-1, size)).mean(2)
     archived = closed // size
-    rounded = decode_rows(encode_rows(group_keys[:, :archived], stored), key.dtype)
-    group_keys = torch.cat([rounded, group_keys[:, archived:]], 1)
     past = sink + torch.arange(1, groups + 1, device=key.device) * size  # one past each group in the order
     allowed = (past <= window[:, None]).expand(heads, repeats, queries, groups)
-    group_scores = torch.einsum("hrmd,hgd->hrmg", query, group_keys)
 
     per_node, nodes = node // size, closed // node
     node_keys = summarise_keys(grouped_keys[:, : nodes * node], node, frequencies)
@@ -93,6 +91,13 @@ def _tile(
     node_values = grouped_values[:, : nodes * node].unflatten(1, (-1, node)).mean(2)
     node_values = decode_rows(encode_rows(node_values, stored), key.dtype)
     node_scores = torch.einsum("hrmd,hnd->hrmn", query, node_keys)
+    if config.group_key_bits is not None and nodes:
+        coded = encode_differences(group_keys[:, :archived], node_keys, closed // config.chunk_size)
+        rounded = decode_differences(coded, node_keys)
+    else:
+        rounded = decode_rows(encode_rows(group_keys[:, :archived], stored), key.dtype)
+    group_keys = torch.cat([rounded, group_keys[:, archived:]], 1)
+    group_scores = torch.einsum("hrmd,hgd->hrmg", query, group_keys)
     scored = torch.ones_like(allowed)
     if config.two_level and nodes > config.candidate_nodes:
         best = _best(config, node_scores, config.candidate_nodes)

@@ -18,6 +18,7 @@ SMALL = HGAConfig(
     group_size=4,
     node_size=4,
     overselection="all",
+    group_key_bits=None,
     sink_tokens=4,
     window_tokens=12,
     budget_tokens=48,

@@ -16,12 +16,22 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, REPEATS, WIDTH = 2, 3, 16
 CONFIG = HGAConfig(
-    chunk_size=32, group_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed", dense_below=70
+    chunk_size=32,
+    group_size=4,
+    node_size=4,
+    overselection="all",
+    group_key_bits=None,
+    sink_tokens=4,
+    window_tokens=12,
+    budget_tokens=48,
+    prefill="routed",
+    dense_below=70,
 )
 CONFIGS = {
     "dense, then routed": CONFIG,
     "exact": CONFIG.replace(prefill="exact"),
     "two levels": CONFIG.replace(node_size=8, overselection=2),
+    "coded": CONFIG.replace(node_size=16, overselection=2, group_key_bits=2),
     "per head": CONFIG.replace(selection="per_head"),
 }
 

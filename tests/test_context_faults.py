@@ -231,7 +231,7 @@ def test_other_weights(path: Path) -> None:
     ("changes", "message"),
     [
         ({"chunk_size": 64}, "not the 300 tokens"),
-        ({"group_size": 2, "node_size": 2}, "does not follow from its metadata|should have"),
+        ({"group_size": 2, "node_size": 2, "overselection": "all"}, "does not follow from its metadata|should have"),
         ({"sink_tokens": 40, "budget_tokens": 64}, "not the 300 tokens|does not follow"),
         ({"ordering": "position"}, "does not follow from its metadata|should have"),
         ({"summary_dtype": "fp8"}, "does not follow from its metadata|should have"),

@@ -8,7 +8,15 @@ import hga
 from hga.evals.continuation import agree, drift
 
 SMALL = hga.HGAConfig(
-    chunk_size=32, group_size=4, node_size=4, sink_tokens=4, window_tokens=12, budget_tokens=32, prefill="routed"
+    chunk_size=32,
+    group_size=4,
+    node_size=4,
+    overselection="all",
+    group_key_bits=None,
+    sink_tokens=4,
+    window_tokens=12,
+    budget_tokens=32,
+    prefill="routed",
 )
 
 

@@ -21,12 +21,22 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, REPEATS, WIDTH = 2, 2, 16
 CONFIG = HGAConfig(
-    chunk_size=32, group_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed", dense_below=100
+    chunk_size=32,
+    group_size=4,
+    node_size=4,
+    overselection="all",
+    group_key_bits=None,
+    sink_tokens=4,
+    window_tokens=12,
+    budget_tokens=48,
+    prefill="routed",
+    dense_below=100,
 )
 CONFIGS = {
     "shared": CONFIG,
     "per head, device": CONFIG.replace(selection="per_head", store="device"),
     "two levels": CONFIG.replace(node_size=8, overselection=2),
+    "coded": CONFIG.replace(node_size=8, overselection=2, group_key_bits=2),
 }
 
 

@@ -25,7 +25,7 @@ SCENARIOS = {
 }
 RULES = {
     "one level": test_parity.SMALL,
-    "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4),
+    "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4, group_key_bits=None),
     "by position": test_parity.SMALL.replace(ordering="position", prefill="auto"),
 }
 
@@ -93,7 +93,15 @@ def test_the_default_model_writes_the_same_from_ram_and_from_nvme(default_model)
 # ---- faults --------------------------------------------------------------------------------------------
 
 TINY = HGAConfig(
-    chunk_size=32, group_size=4, node_size=4, sink_tokens=4, window_tokens=12, budget_tokens=48, prefill="routed"
+    chunk_size=32,
+    group_size=4,
+    node_size=4,
+    overselection="all",
+    group_key_bits=None,
+    sink_tokens=4,
+    window_tokens=12,
+    budget_tokens=48,
+    prefill="routed",
 )
 
 

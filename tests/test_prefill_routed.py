@@ -24,6 +24,7 @@ FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
 CONFIGS = {
     "one level": SMALL,
     "two levels": SMALL.replace(node_size=16, overselection=2),
+    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, group_key_bits=2),
     "per head": SMALL.replace(selection="per_head"),
     "per head, two levels": SMALL.replace(selection="per_head", node_size=16, overselection=2),
     "no far field": SMALL.replace(far_field=False, node_size=8, overselection=2),
@@ -65,10 +66,8 @@ def closed_of(config: HGAConfig, row: Row, opened: dict) -> ClosedChunks | None:
     if not row.chunks:
         return None
     summaries = row._archive.summaries
-    keys, values, groups = (
-        None if x._data is None else Rows(x._data[:, : x.length], None if x._scale is None else x._scale[:, : x.length])
-        for x in (summaries.node_keys, summaries.node_values, summaries.group_keys)
-    )
+    keys, values = (None if not x.length else x.held() for x in (summaries.node_keys, summaries.node_values))
+    groups = summaries.held_group_keys() if config.two_level else None
     return ClosedChunks(opened["store"].read(row._archive.chunks)[0], keys, values, groups)
 
 

@@ -276,7 +276,7 @@ def test_quantised_loses_less_with_more_bits_and_keeps_the_window():
 @pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean", "contiguous", "paper"])
 def test_our_rule_is_the_simulation(preset):
     changes = {"budget_tokens": 704} if preset == "paper" else {"budget_tokens": 128, "chunk_size": 64}
-    if preset == "lean":
+    if preset not in ("paper", "contiguous"):
         changes["overselection"] = 2
     config = HGAConfig.preset(preset, prefill="routed", summary_dtype="fp8", **changes)
     given = sequence(1100, 2, 2)
@@ -313,10 +313,14 @@ def test_variants_are_strictly_causal_and_keep_the_budget(name):
         torch.testing.assert_close(full, dense(*given), rtol=0, atol=1e-10)
 
 
-def test_variants_start_from_the_presets():
+def test_variants_start_from_rules_of_hga():
     given = sequence(700)
-    for base, preset in (("g4", "balanced"), ("n32", "lean")):
-        config = HGAConfig.preset(preset, budget_tokens=128, overselection="all" if base == "g4" else 4)
+    plain = HGAConfig(sink_tokens=16, window_tokens=64, budget_tokens=128, group_key_bits=None)
+    for base, changes in (
+        ("g4", {"group_size": 4, "node_size": 4, "overselection": "all"}),
+        ("n32", {"group_size": 8, "overselection": 4}),
+    ):
+        config = plain.replace(**changes)
         expected, _ = attend(RoutedRule.of(config), *given)
         fields = BASES[base] | {"budget_tokens": 128} | ({} if base == "g4" else {"overselection": 4})
         out, _ = attend(Variant(**fields), *given)
@@ -347,10 +351,10 @@ def test_metadata_bytes():
     assert shares["infllm"] == 1 / 32
     assert shares["retroinfer"] == pytest.approx(1 / 16 + 2 / 16 / 256)
     assert shares["oracle"] == 0.5
-    assert RoutedRule.of(HGAConfig()).metadata_share(64, 8192) == pytest.approx(2 * 66 / 4 / 256)
-    assert RoutedRule.of(HGAConfig.preset("lean")).metadata_share(128, 8192) == pytest.approx(
-        (2 / 32 + 1 / 8) * 130 / 512
-    )
+    whole = HGAConfig(group_size=4, node_size=4, overselection="all", group_key_bits=None)
+    assert RoutedRule.of(whole).metadata_share(64, 8192) == pytest.approx(2 * 66 / 4 / 256)
+    coded = 2 * 130 / 32 + (32 + 2) / 4 + 128 / 256
+    assert RoutedRule.of(HGAConfig.preset("lean")).metadata_share(128, 8192) == pytest.approx(coded / 512)
 
 
 @pytest.fixture(scope="module")

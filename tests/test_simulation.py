@@ -58,7 +58,7 @@ def test_bounded_memory_does_not_change_the_result(preset, monkeypatch):
     """Few queries and few groups at a time, merged by log-sum-exp: what long contexts run into."""
     for module in (routed, row):
         monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 6000)
-    config = _config(preset, 64).replace(**({"overselection": 2} if preset == "lean" else {}))
+    config = _config(preset, 64).replace(**({"overselection": 2} if preset != "contiguous" else {}))
     sequence = random_sequence(900, 8, torch.float64)
     fetched = []
     fetch = MemoryStore.fetch

@@ -24,7 +24,16 @@ from hga.evals.summary import mean_gap, task_scores, task_table
 
 NOVEL = (files("hga") / "data" / "thursday.txt").read_text(encoding="utf-8")
 SOURCE = "\n".join(f"#define LIMIT_{number} {number}\nint part_{number}(void);\n" for number in range(200))
-OWN = hga.HGAConfig(chunk_size=32, group_size=4, node_size=4, sink_tokens=4, window_tokens=12, budget_tokens=40)
+OWN = hga.HGAConfig(
+    chunk_size=32,
+    group_size=4,
+    node_size=4,
+    overselection="all",
+    group_key_bits=None,
+    sink_tokens=4,
+    window_tokens=12,
+    budget_tokens=40,
+)
 
 
 @pytest.fixture(scope="module")

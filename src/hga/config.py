@@ -33,6 +33,8 @@ class HGAConfig:
         more. Equal to group_size when routing has one level.
     overselection: candidates per routed token: only the best nodes, which together hold this many times the
         routed tokens, have their groups scored. "all" scores every group (then node_size = group_size).
+    group_key_bits: 2 keeps a group's key as its difference from its node's, in two bits a number and a step a group
+        (two levels only); None keeps it as all other summaries.
     sink_tokens: first tokens, always attended.
     window_tokens: most recent tokens, always attended. The window starts on a group boundary, so it holds
         between `window_tokens - group_size + 1` and `window_tokens` of them.
@@ -57,11 +59,12 @@ class HGAConfig:
     """
 
     chunk_size: int = 256
-    group_size: int = 4
-    node_size: int = 4
-    overselection: int | Literal["all"] = "all"
-    sink_tokens: int = 16
-    window_tokens: int = 64
+    group_size: int = 2
+    node_size: int = 32
+    overselection: int | Literal["all"] = 12
+    group_key_bits: Literal[2] | None = 2
+    sink_tokens: int = 4
+    window_tokens: int = 32
     budget_tokens: int = 2048
     ordering: Literal["content", "position"] = "content"
     summary: Literal["mean", "mixed_rope"] = "mean"
@@ -155,6 +158,8 @@ class HGAConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
         if not isinstance(self.far_field, bool):
             raise TypeError(f"far_field={self.far_field!r} must be True or False")
+        if self.group_key_bits not in (None, 2) or isinstance(self.group_key_bits, (bool, float)):
+            raise ValueError(f"group_key_bits={self.group_key_bits!r} must be 2 or None")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must be layer indices, 0 or more")
         if self.overselection != "all" and (
@@ -197,6 +202,12 @@ class HGAConfig:
             )
 
     def _check_combinations(self) -> None:
+        if self.group_key_bits is not None and (not self.two_level or self.summary != "mean"):
+            raise ValueError(
+                f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node: it needs two "
+                f"levels and summary='mean', got overselection={self.overselection!r}, summary={self.summary!r}; "
+                "use group_key_bits=None"
+            )
         if self.summary == "mixed_rope" and self.ordering != "position":
             raise ValueError(
                 "summary='mixed_rope' rotates keys to the middle of consecutive positions: it needs "
@@ -220,12 +231,13 @@ class HGAConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "fidelity": {"selection": "per_head", "budget_tokens": 4096},
-    "lean": {"group_size": 8, "node_size": 32, "overselection": 12},
+    "lean": {"group_size": 4},
     "paper": {
         "chunk_size": 64,
         "group_size": 16,
         "node_size": 64,
         "overselection": 2,
+        "group_key_bits": None,
         "sink_tokens": 128,
         "window_tokens": 512,
         "budget_tokens": 1152,
@@ -238,6 +250,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group_size": 16,
         "node_size": 16,
         "overselection": "all",
+        "group_key_bits": None,
+        "sink_tokens": 16,
+        "window_tokens": 64,
         "ordering": "position",
         "far_field": False,
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hga.config import HGAConfig
+from hga.ops.coding import code_bytes
 from hga.ops.precision import resolve_summary_dtype, row_bytes
 from hga.ops.tiles import closed_chunks
 from hga.store import RecordLayout
@@ -36,4 +37,6 @@ def summary_bytes_per_token(config: HGAConfig, head_dim: int, kv_dtype: torch.dt
     """Bytes of summaries that one archived token of one KV head costs, scales included."""
     row = row_bytes(head_dim, resolve_summary_dtype(config.summary_dtype, kv_dtype))
     per_node = row * (2 if config.far_field else 1) / config.node_size
+    if config.group_key_bits is not None:
+        return per_node + code_bytes(head_dim, config.group_size, config.chunk_size)
     return per_node + (row / config.group_size if config.two_level else 0.0)

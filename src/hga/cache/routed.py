@@ -128,11 +128,11 @@ def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: f
     if not config.two_level:
         return Candidates(score_blocks(query, summaries.node_keys.blocks(work), softcap))
     if summaries.node_keys.length <= config.candidate_nodes:
-        return Candidates(score_blocks(query, summaries.group_keys.blocks(work), softcap))
+        return Candidates(score_blocks(query, summaries.group_key_blocks(work), softcap))
     node_scores = score_blocks(query, summaries.node_keys.blocks(work), softcap)  # (H, R, M, N)
     chosen = choose(node_scores, config.candidate_nodes, config.selection)
     nodes, member = unite(chosen)
-    scores = score(query, summaries.group_keys.decode_units(nodes, work), softcap)
+    scores = score(query, summaries.decode_group_keys(nodes, work), softcap)
     if chosen.shape[1] * chosen.shape[2] > 1:  # one choice is its own union
         scores.add_(bias(~member, work).repeat_interleave(config.node_size // config.group_size, -1))
     return Candidates(scores, nodes, node_scores.add_(bias(chosen, work, math.log(config.node_size))))

@@ -266,7 +266,7 @@ class Row:
     def _routed_block(self, query: Tensor) -> int:
         """Queries of a tile routed at once, so that their logits stay bounded as the context grows."""
         config, rows = self._config, query.shape[0] * query.shape[1]
-        units = self.chunks * config.chunk_size // (config.node_size if config.two_level else config.group_size)
+        units = self.chunks * config.chunk_size // config.group_size
         return min(TILE_TOKENS, max(1, NUMBERS_AT_ONCE // (rows * (units + self.near_length))))
 
     # ---- closing, rewinding, sharing -----------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hga.config import HGAConfig
 from hga.ops.closing import Closed
+from hga.ops.coding import Codes, decode_differences
 from hga.ops.precision import Rows, decode_rows
 from hga.ops.routing import take_rows
 
@@ -50,16 +51,30 @@ class GrowingRows:
 
     def decode_units(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of units: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
+        return decode_rows(self.take_units(ids), dtype)
+
+    def take_units(self, ids: Tensor) -> Rows:
+        """The encoded rows of units: ids (Hkv, U) -> (Hkv, U * unit, D)."""
         # From the whole buffers, whose capacity is a number of units: cutting the slack off would copy all rows.
         data, scale = self._held().unflatten(1, (-1, self._unit)), self._scale  # (Hkv, capacity / unit, unit, D)
         if scale is not None:
-            scale = take_rows(scale.unflatten(1, (-1, self._unit)), ids)
-        return decode_rows(Rows(take_rows(data, ids), scale), dtype).flatten(1, 2)
+            scale = take_rows(scale.unflatten(1, (-1, self._unit)), ids).flatten(1, 2)
+        return Rows(take_rows(data, ids).flatten(1, 2), scale)
 
     def held(self) -> Rows:
         """The encoded rows in use (Hkv, n, D)."""
         data, scale = self.buffers
         return Rows(data[:, : self.length], None if scale is None else scale[:, : self.length])
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self._held().shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._held().device
 
     @property
     def buffers(self) -> Rows:
@@ -103,6 +118,8 @@ class GrowingRows:
 class Summaries:
     """Group keys, node keys and (with a far field) node values of one row's closed chunks.
 
+    Coded group keys have channels beside them, one row a chunk.
+
     With one level (overselection "all") nodes *are* groups, and there are no separate group keys. Values are
     kept a node, not a group: measured to cost nothing, at half the bytes (docs/fidelity.md).
     """
@@ -112,6 +129,7 @@ class Summaries:
         self.node_keys = GrowingRows()
         self.node_values = GrowingRows()
         self.group_keys = GrowingRows(config.node_size // config.group_size)
+        self.group_channels = GrowingRows()
         self.chunks = 0
 
     def append(self, closed: Closed) -> None:
@@ -120,15 +138,47 @@ class Summaries:
         if closed.node_values is not None:
             self.node_values.append(closed.node_values)
         if closed.group_keys is not None:
-            self.group_keys.append(closed.group_keys)
+            self.group_keys.append(Rows(closed.group_keys.data, closed.group_keys.scale))
+        if isinstance(closed.group_keys, Codes):
+            self.group_channels.append(Rows(closed.group_keys.channels, None))
         self.chunks += closed.records.shape[0]
+
+    def held_group_keys(self) -> Rows | Codes:
+        """The encoded or coded group keys in use, two levels only."""
+        rows = self.group_keys.held()
+        if self._config.group_key_bits is None:
+            return rows
+        assert rows.scale is not None
+        return Codes(rows.data, rows.scale, self.group_channels.held().data)
+
+    def group_key_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """All group keys as `dtype`, (Hkv, some, D) at a time."""
+        if self._config.group_key_bits is None:
+            yield from self.group_keys.blocks(dtype)
+            return
+        device, per_node = self.node_keys.device, self._config.node_size // self._config.group_size
+        at_once = max(1, DECODED_AT_ONCE // per_node)
+        for start in range(0, self.node_keys.length, at_once):
+            nodes = torch.arange(start, min(self.node_keys.length, start + at_once), device=device)
+            yield self.decode_group_keys(nodes.expand(self.node_keys.heads, -1), dtype)
+
+    def decode_group_keys(self, nodes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The keys of the groups of nodes (Hkv, U), as `dtype`: (Hkv, U * groups a node, D)."""
+        if self._config.group_key_bits is None:
+            return self.group_keys.decode_units(nodes, dtype)
+        data, scale = self.group_keys.take_units(nodes)
+        assert scale is not None
+        chunk = torch.div(nodes, self._config.chunk_size // self._config.node_size, rounding_mode="floor")
+        channels, _ = self.group_channels.take_units(chunk)
+        return decode_differences(Codes(data, scale, channels), self.node_keys.decode_units(nodes, dtype))
 
     def parts(self) -> dict[str, GrowingRows]:
         """What is kept of each chunk under this config, by name."""
         config = self._config
         parts = {"node_keys": self.node_keys}
         parts |= {"node_values": self.node_values} if config.far_field else {}
-        return parts | ({"group_keys": self.group_keys} if config.two_level else {})
+        parts |= {"group_keys": self.group_keys} if config.two_level else {}
+        return parts | ({"group_channels": self.group_channels} if config.group_key_bits else {})
 
     def restore(self, chunks: int, rows: dict[str, Rows]) -> None:
         """Be, from empty, the summaries of `chunks` chunks whose parts were these."""
@@ -142,17 +192,17 @@ class Summaries:
         self.node_keys.truncate(tokens // self._config.node_size)
         self.node_values.truncate(tokens // self._config.node_size)
         self.group_keys.truncate(tokens // self._config.group_size)
+        self.group_channels.truncate(chunks)
         self.chunks = min(self.chunks, chunks)
 
     def fork(self) -> Summaries:
         """A twin that goes its own way; what is there already is shared."""
         twin = object.__new__(Summaries)
         twin.__dict__.update(self.__dict__)
-        twin.node_keys, twin.node_values, twin.group_keys = (
-            rows.fork() for rows in (self.node_keys, self.node_values, self.group_keys)
-        )
+        for name, rows in self.parts().items():
+            setattr(twin, name, rows.fork())
         return twin
 
     def held_bytes(self) -> int:
         """Bytes beside the model."""
-        return sum(rows.held_bytes() for rows in (self.node_keys, self.node_values, self.group_keys))
+        return sum(rows.held_bytes() for rows in self.parts().values())

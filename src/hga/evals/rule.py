@@ -136,7 +136,7 @@ def resolve_rules(
 def _window_only(budget: int) -> HGAConfig:
     """Sink and the most recent tokens alone, in the same budget: what long-range attention is worth.
 
-    Without a far field a config must leave room for one routed group, so one group of four stays routed.
+    Without a far field a config must leave room for one routed group, so one group stays routed.
     """
     sink, group = HGAConfig().sink_tokens, HGAConfig().group_size
     return HGAConfig(

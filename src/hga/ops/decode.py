@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hga.config import HGAConfig
 from hga.ops.attention import FarField, Part, attend_once
+from hga.ops.coding import Codes, decode_differences
 from hga.ops.precision import Rows, compute_dtype, decode_rows
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows
@@ -204,15 +205,15 @@ class DecodeLayer:
     """What a decode step reads and writes of one layer; buffers of B rows, longer than what is in use.
 
     near_keys, near_values (B, Hkv, P, D); node_keys, node_values, group_keys: Rows (B, Hkv, N, D), values only with
-    a far field, group keys only with two levels; addresses int64 (B, chunks): where each chunk's record
-    [Hkv, G, 2, g, D] lies, in host or device memory.
+    a far field, group keys only with two levels, as Rows or coded; addresses int64 (B, chunks): where each chunk's
+    record [Hkv, G, 2, g, D] lies, in host or device memory.
     """
 
     near_keys: Tensor
     near_values: Tensor
     node_keys: Rows
     node_values: Rows | None
-    group_keys: Rows | None
+    group_keys: Rows | Codes | None
     addresses: Tensor
     slots: SlotCache
     scratch: Scratch
@@ -273,7 +274,13 @@ def _attend_row(
     listed, group_scores = torch.ones_like(node_scores, dtype=torch.bool), node_scores[..., None]
     if config.two_level and layer.group_keys is not None:
         listed = choose(node_scores, config.candidate_nodes, config.selection)
-        group_scores = score(query, rows(layer.group_keys, nodes * per_node), softcap).unflatten(-1, (-1, per_node))
+        if isinstance(layer.group_keys, Codes):
+            data, scales, channels = (x[row] for x in layer.group_keys)
+            codes = Codes(data[:, : nodes * per_node], scales[:, : nodes * per_node], channels[:, :chunks])
+            group_keys = decode_differences(codes, rows(layer.node_keys, nodes))
+        else:
+            group_keys = rows(layer.group_keys, nodes * per_node)
+        group_scores = score(query, group_keys, softcap).unflatten(-1, (-1, per_node))
         group_scores = group_scores.masked_fill(~listed[..., None], NEVER)
     joined = torch.cat([pending_scores, group_scores.flatten(-2)], -1)
     opened = choose(joined, config.routed_groups, config.selection)  # (Hkv, R', 1, pending + groups)

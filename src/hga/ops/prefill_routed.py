@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Output, Part, attend
+from hga.ops.coding import Codes, decode_differences
 from hga.ops.precision import Rows, compute_dtype, decode_rows
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows, summarise_keys
@@ -20,13 +21,24 @@ class ClosedChunks(NamedTuple):
     """The chunks that are closed by a block's end, in position order, where the queries are.
 
     records (N, Hkv, G, 2, g, D); node_keys, node_values (Hkv, N nodes, D) and group_keys (Hkv, N groups, D), as
-    encoded. Values are needed with a far field only, group keys with two levels only.
+    encoded or coded. Values are needed with a far field only, group keys with two levels only.
     """
 
     records: Tensor
     node_keys: Rows
     node_values: Rows | None
-    group_keys: Rows | None
+    group_keys: Rows | Codes | None
+
+    def group_key_rows(self, config: HGAConfig, nodes: int, dtype: torch.dtype) -> Tensor:
+        """Decoded keys of the groups of the first `nodes` nodes, (Hkv, groups, D)."""
+        count = nodes * config.node_size // config.group_size
+        if not isinstance(self.group_keys, Codes):
+            assert self.group_keys is not None
+            return _decode(self.group_keys, count, dtype)
+        data, scale, channels = self.group_keys
+        chunks = nodes * config.node_size // config.chunk_size
+        codes = Codes(data[:, :count], scale[:, :count], channels[:, :chunks])
+        return decode_differences(codes, _decode(self.node_keys, nodes, dtype))
 
 
 def attend_prefill_routed(
@@ -108,9 +120,8 @@ def _attend_tile(
         node_scores = score(query, _decode(closed.node_keys, nodes, work), softcap)  # (H, R, M, N)
         group_scores, scored = node_scores, torch.ones_like(node_scores, dtype=torch.bool)
         if config.two_level:
-            assert closed.group_keys is not None
             scored = choose(node_scores, config.candidate_nodes, config.selection).expand_as(node_scores)
-            group_scores = score(query, _decode(closed.group_keys, nodes * per_node, work), softcap)
+            group_scores = score(query, closed.group_key_rows(config, nodes, work), softcap)
             group_scores = group_scores.masked_fill(~scored.repeat_interleave(per_node, -1), NEVER)
         scores = torch.cat([pending_scores, group_scores], -1)
     opened = choose(scores, config.routed_groups, config.selection)  # (H, R', M, P + groups)

@@ -15,6 +15,7 @@ from hga.cache.layout import record_layout
 from hga.cache.row import Row
 from hga.cache.saved.file import DTYPE_NAMES, DTYPES, Spec
 from hga.config import HGAConfig
+from hga.ops.coding import NUMBERS_PER_BYTE, check_codable
 from hga.ops.precision import resolve_summary_dtype
 from hga.ops.tiles import closed_chunks
 from hga.store import RecordLayout
@@ -71,11 +72,17 @@ def routed_layer(config: HGAConfig, chunks: int, near: tuple[int, int, int], dty
         summary = resolve_summary_dtype(config.summary_dtype, dtype)
         units = {"node_keys": config.node_size}
         units |= {"node_values": config.node_size} if config.far_field else {}
-        units |= {"group_keys": config.group_size} if config.two_level else {}
+        units |= {"group_keys": config.group_size} if config.two_level and config.group_key_bits is None else {}
         for name, unit in units.items():
             specs.append(Spec(name, summary, (heads, held // unit, width)))
             if summary == torch.float8_e4m3fn:
                 specs.append(Spec(f"{name}_scale", torch.bfloat16, (heads, held // unit, 1)))
+        if config.group_key_bits is not None:
+            check_codable(width)
+            groups = held // config.group_size
+            specs.append(Spec("group_keys", torch.uint8, (heads, groups, width // NUMBERS_PER_BYTE)))
+            specs.append(Spec("group_keys_scale", torch.bfloat16, (heads, groups, 1)))
+            specs.append(Spec("group_channels", torch.float8_e4m3fn, (heads, chunks, width)))
         if layout.ordered:
             specs.append(Spec("order", torch.int16, (chunks, heads, config.chunk_size)))
     return SavedLayer("routed", chunks, layout, tuple(specs))

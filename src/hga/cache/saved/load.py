@@ -176,7 +176,7 @@ def _check_fit(layer: Any, saved: SavedLayer) -> None:
 
 
 def _summaries(own: Tensors) -> dict[str, Rows]:
-    names = ("node_keys", "node_values", "group_keys")
+    names = ("node_keys", "node_values", "group_keys", "group_channels")
     return {name: Rows(own[name], own.get(f"{name}_scale")) for name in names if name in own}
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hga.cache.layout import summary_bytes_per_token
 from hga.config import HGAConfig
 from hga.evals.rules.simulated import SimulatedRule
 from hga.evals.rules.tile import Attended, Tile
+from hga.ops.coding import decode_differences, encode_differences
 from hga.ops.ordering import content_order
-from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype, row_bytes
+from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows, summarise_keys
 
@@ -30,10 +32,7 @@ class RoutedRule(SimulatedRule):
 
     def metadata_share(self, width: int, tokens: int) -> float:
         """Summaries beside 16-bit K/V, as `HGAConfig.summary_dtype` keeps them there."""
-        config = self.config
-        row = row_bytes(width, resolve_summary_dtype(config.summary_dtype, torch.bfloat16))
-        rows = (2 if config.far_field else 1) / config.node_size + (1 / config.group_size if config.two_level else 0)
-        return rows * row / (4 * width)
+        return summary_bytes_per_token(self.config, width, torch.bfloat16) / (4 * width)
 
     def attend(self, tile: Tile) -> Attended:
         """As `hga.cache.routed`, over all tokens with a mask instead of over fetched groups."""
@@ -115,7 +114,12 @@ class RoutedRule(SimulatedRule):
         frequencies = tile.frequencies if self.config.summary == "mixed_rope" else None
 
         def keys(a: int, b: int) -> Tensor:
-            return self._encoded(tile, summarise_keys(self._sorted(tile, tile.key, a, b), size, frequencies))
+            means = summarise_keys(self._sorted(tile, tile.key, a, b), size, frequencies)  # (H, chunks, groups, D)
+            if self.config.group_key_bits is None or a == b:
+                return self._encoded(tile, means)
+            nodes = self._encoded(tile, mean_rows(means, self.config.node_size // size)).flatten(1, 2)
+            coded = encode_differences(means.flatten(1, 2), nodes, b - a)
+            return decode_differences(coded, nodes).view_as(means)
 
         def values(a: int, b: int) -> Tensor:
             return self._encoded(tile, mean_rows(self._sorted(tile, tile.value, a, b), size))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
+from hga.ops.coding import Codes
 from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
 from hga.ops.precision import Rows, decode_rows
 from hga.ops.prefill_routed import ClosedChunks
@@ -77,7 +78,10 @@ def decode_summaries(config: HGAConfig, closed: ClosedChunks | None, chunks: int
     if config.two_level:
         if closed.group_keys is None:
             raise ValueError("group_keys=None with two-level routing; pass the summaries of the groups too")
-        groups = _decode_keys(closed.group_keys, count * config.node_size // config.group_size, query.dtype)
+        if isinstance(closed.group_keys, Codes):
+            groups = Units(closed.group_key_rows(config, count, torch.float32).to(query.dtype), None)
+        else:
+            groups = _decode_keys(closed.group_keys, count * config.node_size // config.group_size, query.dtype)
     if config.far_field:
         if closed.node_values is None:
             raise ValueError("node_values=None with far_field=True; pass the nodes' mean values too")
