@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hga.ops.closing import Closed, close_chunks
+from hga.ops.coding import Codes, decode_differences, encode_differences
 from hga.ops.ordering import POWER_ITERATIONS, VALUE_WEIGHT, start_vector
 from hga.ops.precision import Rows, decode_rows, encode_rows
 from hga.store import RecordLayout
@@ -314,3 +315,80 @@ def test_rounding_by_bits_is_torchs_rounding():
     _encode[(len(numbers) // 1024,)](numbers, found, rounded, COUNT=1024)
     assert torch.equal(found, numbers.clamp(-448, 448).to(FP8).view(torch.uint8))
     assert torch.equal(rounded, numbers.bfloat16().float())
+
+
+CODED = {  # heads, chunks, D, and the rule
+    "fp8 nodes": (2, 2, 16, {"chunk_size": 32, "group_size": 2, "node_size": 16, "summary_dtype": FP8}),
+    "bfloat16 nodes, odd sizes": (1, 3, 20, {"chunk_size": 24, "group_size": 3, "node_size": 12}),
+    "by position": (2, 1, 16, {"chunk_size": 20, "group_size": 5, "node_size": 10, "ordering": "position"}),
+}
+if GPU:
+    CODED |= {
+        "balanced": (4, 8, 128, {"chunk_size": 256, "group_size": 2, "node_size": 32, "summary_dtype": FP8}),
+        "lean, a width of 80": (4, 8, 80, {"chunk_size": 256, "group_size": 4, "node_size": 32, "summary_dtype": FP8}),
+    }
+
+
+def coded_error(codes: Codes, nodes: Tensor, means: Tensor) -> Tensor:
+    """Squared error of decoded keys over their squared distance from the nodes, a group (Hkv, n)."""
+    nodes = decode_rows(nodes, torch.float32)
+    away = means.unflatten(1, (nodes.shape[1], -1)) - nodes[:, :, None]
+    return (decode_differences(codes, nodes) - means).square().sum(-1) / away.flatten(1, 2).square().sum(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CODED)
+def test_coded_keys_of_kernel_and_reference(name, dtype):
+    """Two bits keep all but an eighth of the variance (0.119 for a normal variable), the kernel as the reference."""
+    heads, chunks, width, changes = CODED[name]
+    how = rule(group_key_bits=2, **changes)
+    keys, values = draw(heads, chunks * how["chunk_size"], width, dtype, seed=6)
+    reference, kernel = close_chunks(keys, values, **how), close_by_kernel(keys, values, **how)
+    for closed in (reference, kernel):
+        rows, _ = ordered_rows(closed)
+        means = rows.transpose(0, 1).flatten(1, 2).float().unflatten(1, (-1, how["group_size"])).mean(2)
+        assert closed.group_keys.data.dtype == torch.uint8
+        assert closed.group_keys.channels.shape == (heads, chunks, width)
+        assert coded_error(closed.group_keys, closed.node_keys, means).mean() < 0.2
+    expected = encode_differences(
+        means := ordered_rows(kernel)[0]
+        .transpose(0, 1)
+        .flatten(1, 2)
+        .float()
+        .unflatten(1, (-1, how["group_size"]))
+        .mean(2),
+        decode_rows(kernel.node_keys, torch.float32),
+        chunks,
+    )
+    found = kernel.group_keys
+    alike = (found.channels.float() == expected.channels.float()).all(-1)  # a spread may round to the next e4m3
+    assert alike.float().mean() > 0.5
+    per_chunk = expected.data.shape[1] // chunks
+    same = found.data.unflatten(1, (chunks, per_chunk))[alike] == expected.data.unflatten(1, (chunks, per_chunk))[alike]
+    assert same.float().mean() > 0.995  # numbers on the edge between two levels
+    nodes = decode_rows(kernel.node_keys, torch.float32)
+    gap = coded_error(found, kernel.node_keys, means).mean() - coded_error(expected, kernel.node_keys, means).mean()
+    assert abs(gap) < 0.01
+    assert torch.isfinite(decode_differences(found, nodes)).all()
+
+
+@BOTH
+@pytest.mark.parametrize("spoil", [_equal_keys, _constant, _constant_keys, _large, _tiny])
+def test_degenerate_chunks_are_coded_without_nan(close, spoil):
+    how = rule(chunk_size=16, group_size=2, node_size=8, summary_dtype=FP8, group_key_bits=2)
+    keys, values = draw(1, 16, 16, torch.float16, seed=3)
+    spoil(keys, values)
+    closed = close(keys, values, **how)
+    nodes = decode_rows(closed.node_keys, torch.float32)
+    decoded = decode_differences(closed.group_keys, nodes)
+    assert torch.isfinite(decoded).all()
+    means = ordered_rows(closed)[0].transpose(0, 1).flatten(1, 2).float().unflatten(1, (-1, 2)).mean(2)
+    assert ((decoded - means).norm() <= 1.01 * (nodes.repeat_interleave(4, 1) - means).norm() + 1e-30).all()
+
+
+def test_widths_that_fill_no_bytes_are_refused():
+    keys, values = draw(1, 16, 18, torch.float32)
+    how = rule(chunk_size=16, group_size=2, node_size=8, group_key_bits=2)
+    for close in (close_chunks, kernels.close_chunks):
+        with pytest.raises(ValueError, match=r"head_dim=18 is no multiple of 4; use group_key_bits=None"):
+            close(keys, values, **how)

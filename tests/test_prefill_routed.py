@@ -13,6 +13,7 @@ from hga.cache.routed import Scoring
 from hga.cache.row import Row
 from hga.config import HGAConfig
 from hga.ops import prefill_routed
+from hga.ops.coding import Codes
 from hga.ops.precision import Rows
 from hga.ops.prefill_routed import ClosedChunks
 
@@ -25,6 +26,7 @@ CONFIGS = {
     "one level": SMALL,
     "two levels": SMALL.replace(node_size=16, overselection=2),
     "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, group_key_bits=2),
+    "coded, fp8": SMALL.replace(node_size=8, overselection=2, group_key_bits=2, summary_dtype="fp8"),
     "per head": SMALL.replace(selection="per_head"),
     "per head, two levels": SMALL.replace(selection="per_head", node_size=16, overselection=2),
     "no far field": SMALL.replace(far_field=False, node_size=8, overselection=2),
@@ -104,9 +106,11 @@ def cast(block: Block, dtype: torch.dtype) -> Block:
     return Block(query, (keys, values), closed, block.first, block.output)
 
 
-def _cast_rows(rows: Rows | None, dtype: torch.dtype) -> Rows | None:
+def _cast_rows(rows: Rows | Codes | None, dtype: torch.dtype) -> Rows | Codes | None:
     if rows is None:
         return None
+    if isinstance(rows, Codes):
+        return Codes(*(x.to(DEVICE) for x in rows))
     data = rows.data if rows.scale is not None else rows.data.to(dtype)
     return Rows(data.to(DEVICE), None if rows.scale is None else rows.scale.to(DEVICE))
 
@@ -115,8 +119,8 @@ def _cast_rows(rows: Rows | None, dtype: torch.dtype) -> Rows | None:
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_kernel(name, dtype):
     config = CONFIGS[name]
-    block = cast(take_block(config, 180, 204, 3.0 if name == "fp8" else None), dtype)
-    softcap = 3.0 if name == "fp8" else None
+    block = cast(take_block(config, 180, 204, 3.0 if "fp8" in name else None), dtype)
+    softcap = 3.0 if "fp8" in name else None
     expected = route(prefill_routed.attend_prefill_routed, config, block, softcap)
     output = route(kernels.attend_prefill_routed, config, block, softcap)
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * 4

@@ -12,6 +12,7 @@ from hga.cache.routed import Scoring
 from hga.cache.row import Row
 from hga.cache.summaries import GrowingRows
 from hga.config import HGAConfig
+from hga.ops.coding import Codes
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
 from hga.ops.precision import Rows
 
@@ -183,11 +184,18 @@ class LayerDecoder:
         near = [_stack_grown([row.near_buffers()[side] for row in rows]) for side in range(2)]
         for index, row in enumerate(rows):
             row.move_near(near[0][index], near[1][index])
+        group_keys: Rows | Codes | None
         node_keys, node_values, group_keys = (
             _stack_summaries([getattr(row.archive.summaries, name) for row in rows])
             for name in ("node_keys", "node_values", "group_keys")
         )
         assert node_keys is not None
+        if self._config.group_key_bits is not None:
+            channels = _stack_summaries([row.archive.summaries.group_channels for row in rows])
+            assert group_keys is not None
+            assert group_keys.scale is not None
+            assert channels is not None
+            group_keys = Codes(group_keys.data, group_keys.scale, channels.data)
         batch, kv_heads, _, width = near[0].shape
         chunks = node_keys.data.shape[2] * self._config.node_size // self._config.chunk_size
         device, repeats = near[0].device, self._query_heads // kv_heads

@@ -32,10 +32,14 @@ class Means(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Key summaries (Hkv, n, D) in the query's type, and the float32 scale (Hkv, n) of each where they carry one."""
+    """Key summaries (Hkv, n, D) in the query's type, and the float32 scale (Hkv, n) of each where they carry one.
+
+    paired: what a 16-bit type rounded off a key follows it in memory, and counts.
+    """
 
     keys: Tensor
     scales: Tensor | None
+    paired: bool = False
 
 
 class Chosen(NamedTuple):
@@ -79,7 +83,12 @@ def decode_summaries(config: HGAConfig, closed: ClosedChunks | None, chunks: int
         if closed.group_keys is None:
             raise ValueError("group_keys=None with two-level routing; pass the summaries of the groups too")
         if isinstance(closed.group_keys, Codes):
-            groups = Units(closed.group_key_rows(config, count, torch.float32).to(query.dtype), None)
+            exact = closed.group_key_rows(config, count, torch.float32)
+            keys, paired = exact.to(query.dtype), query.dtype != torch.float32
+            if paired:
+                keys = torch.stack([keys, (exact - keys.float()).to(query.dtype)], 2)[:, :, 0]
+            # Where nodes carry scales, a kernel that reads both expects them of groups too.
+            groups = Units(keys, None if nodes.scales is None else torch.ones_like(exact[..., 0]), paired)
         else:
             groups = _decode_keys(closed.group_keys, count * config.node_size // config.group_size, query.dtype)
     if config.far_field:
@@ -163,14 +172,19 @@ def unit_logits(
     stride,
     scale,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     """Logits, in powers of two, of archived units (N,)."""
-    rows = load_rows(keys, unit.to(tl.int64) * stride, tl.arange(0, BLOCK_WIDTH), WIDTH, BLOCK_WIDTH)
-    logits = tl.dot(query, tl.trans(rows), input_precision=PRECISION) * scale
+    at, column = unit.to(tl.int64) * stride, tl.arange(0, BLOCK_WIDTH)
+    logits = tl.dot(query, tl.trans(load_rows(keys, at, column, WIDTH, BLOCK_WIDTH)), input_precision=PRECISION)
+    if PAIRED:
+        rest = load_rows(keys + WIDTH, at, column, WIDTH, BLOCK_WIDTH)
+        logits = tl.dot(query, tl.trans(rest), logits, input_precision=PRECISION)
+    logits = logits * scale
     if SCALED:
         logits = logits * tl.load(scales + unit)[None, :]
     if SOFTCAP > 0:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.ops.closing import Closed, check_chunks
+from hga.ops.kernels.coding import code_groups
 from hga.ops.kernels.encode import encode_e4m3, round_bfloat16
 from hga.ops.ordering import POWER_ITERATIONS, VALUE_WEIGHT, start_vector
 from hga.ops.precision import Rows
@@ -32,6 +33,7 @@ def close_chunks(
     ordering: str,
     summary_dtype: torch.dtype,
     far_field: bool,
+    group_key_bits: int | None = None,
     inverse_frequencies: Tensor | None = None,
 ) -> Closed:
     """As `hga.ops.closing.close_chunks`: keys, values (Hkv, N C, D) in position order, float16, bfloat16 or float32.
@@ -53,7 +55,7 @@ def close_chunks(
 
     node_keys = rows(node_size)
     node_values = rows(node_size) if far_field else None
-    group_keys = rows(group_size) if node_size > group_size else None
+    group_keys = rows(group_size) if node_size > group_size and group_key_bits is None else None
     padded_width, padded_group = (triton.next_power_of_2(x) for x in (width, group_size))
     groups = triton.next_power_of_2(node_size // group_size)
     groups = max(1, min(groups, _TILE_NUMBERS // 2 // (padded_group * padded_width)))
@@ -71,6 +73,8 @@ def close_chunks(
             D_PADDED=padded_width,
             num_warps=_warps(groups * padded_group * padded_width, 512),
         )
+    if group_key_bits is not None:
+        return Closed(records, order, node_keys, node_values, code_groups(records, node_keys))
     return Closed(records, order, node_keys, node_values, group_keys)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
+from hga.ops.coding import Codes
 from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, PENDING_BLOCK, Choice, DecodeLayer, padded_width
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
@@ -122,7 +123,7 @@ def _score(
     step: _Step,
     query: Tensor,
     new: tuple[Tensor, Tensor],
-    keys: Rows,
+    keys: Rows | Codes,
     into: Choice,
     scale: float,
     softcap: float,
@@ -132,6 +133,13 @@ def _score(
 ) -> None:
     """Scores with all `units` a chunk, or with the groups of listed nodes; pending groups before them."""
     config, layer, splits = step.config, step.layer, step.layer.scratch.splits
+    data = layer.node_keys.data
+    codes: tuple[Tensor | int, ...] = (data, data, 0, data, 0)
+    per_chunk = 0
+    if isinstance(keys, Codes):
+        channels = keys.channels.view(torch.uint8)
+        codes = (keys.data, keys.scale, keys.data.shape[2], channels, channels.shape[2])
+        keys, per_chunk = layer.node_keys, config.chunk_size // config.node_size
     fp8 = keys.scale is not None
     exact = keys.data.dtype == query.dtype
     nodes = into if listed is None else listed
@@ -145,6 +153,7 @@ def _score(
         keys.data.view(torch.uint8) if fp8 else keys.data,
         keys.scale if fp8 else keys.data,
         keys.data.shape[2],
+        *codes,
         step.counts,
         nodes.chosen,
         nodes.counts,
@@ -161,9 +170,10 @@ def _score(
         softcap,
         step.width,
         **step.tile,
-        BLOCK=128 if fp8 else 64,
+        BLOCK=128 if fp8 and not per_chunk else 64,
         SPLITS=splits,
         GROUP=config.group_size,
+        PER_CHUNK=per_chunk,
         PER_NODE=0 if listed is None else step.per_node,
         PENDING=int(pending),
         FIRST=step.first if pending else 0,

@@ -64,6 +64,7 @@ def choose_units(
         **constants,
         "PENDING_WIDTH": pending_width,
         "SCALED": units.scales is not None,
+        "PAIRED": units.paired,
         "REST": means is not None and means.keys_rest is not None,
         "LISTED": within is not None,
         "PER_NODE": within[1] if within else 1,
@@ -172,6 +173,7 @@ def _logsumexp_kernel(
     QUERIES: tl.constexpr,
     PADDED: tl.constexpr,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     REST: tl.constexpr,
     LISTED: tl.constexpr,
     PER_NODE: tl.constexpr,
@@ -214,7 +216,7 @@ def _logsumexp_kernel(
         index = start + tl.arange(0, KEYS)
         unit, node = find_unit(index, count, listed + line * words_width, LISTED, PER_NODE)
         logits = unit_logits(
-            tile_query, keys, scales, unit, key_stride, scale, SCALED, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH
+            tile_query, keys, scales, unit, key_stride, scale, SCALED, PAIRED, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH
         )
         allowed = index[None, :] < count
         if LISTED:
@@ -272,6 +274,7 @@ def _mass_kernel(
     QUERIES: tl.constexpr,
     PADDED: tl.constexpr,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     REST: tl.constexpr,
     LISTED: tl.constexpr,
     PER_NODE: tl.constexpr,
@@ -322,7 +325,18 @@ def _mass_kernel(
         else:
             unit, node = find_unit(index, count, listed, LISTED, PER_NODE)
             logits = unit_logits(
-                tile_query, keys, scales, unit, key_stride, scale, SCALED, SOFTCAP, PRECISION, WIDTH, BLOCK_WIDTH
+                tile_query,
+                keys,
+                scales,
+                unit,
+                key_stride,
+                scale,
+                SCALED,
+                PAIRED,
+                SOFTCAP,
+                PRECISION,
+                WIDTH,
+                BLOCK_WIDTH,
             )
             may = queried[:, None] & (index[None, :] < count)
             if LISTED:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hga.config import HGAConfig
 from hga.ops.attention import Output
+from hga.ops.coding import NUMBERS_PER_BYTE, Codes
 from hga.ops.kernels.candidates import (
     Archived,
     Chosen,
@@ -33,7 +34,6 @@ from hga.ops.kernels.candidates import (
 from hga.ops.kernels.flash import absorb, dot_logits, finish, load_rows
 from hga.ops.kernels.prefill_choice import choose_units
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, cut_strips, load_query, place_rows
-from hga.ops.precision import Rows
 from hga.ops.prefill import nothing_attended
 from hga.ops.prefill_routed import ClosedChunks, check_block
 from hga.ops.tiles import closed_chunks
@@ -189,18 +189,25 @@ def _attend_strips(
         FAR=config.far_field,
         LISTED=config.two_level,
         SCALED=groups.scales is not None,
+        PAIRED=groups.paired,
         REST=means.keys_rest is not None,
     )
 
 
 def _take_heads(closed: ClosedChunks, heads: slice) -> ClosedChunks:
-    rows = (None if x is None else Rows(x.data[heads], None if x.scale is None else x.scale[heads]) for x in closed[1:])
-    return ClosedChunks(closed.records[:, heads], *rows)  # type: ignore[arg-type]
+    def take(rows: Any) -> Any:
+        return rows if rows is None else type(rows)(*(None if part is None else part[heads] for part in rows))
+
+    return ClosedChunks(closed.records[:, heads], *map(take, closed[1:]))
 
 
 def _decoded_bytes(closed: ClosedChunks, dtype: torch.dtype) -> int:
     """Bytes of decoded copies of all summaries; 0 where they are in the query's type already."""
-    return sum(x.data.numel() * dtype.itemsize for x in closed[1:] if x is not None and x.data.dtype != dtype)
+    numbers = 0
+    for rows in closed[1:]:
+        if rows is not None and rows.data.dtype != dtype:
+            numbers += rows.data.numel() * (2 * NUMBERS_PER_BYTE if isinstance(rows, Codes) else 1)
+    return numbers * dtype.itemsize
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -270,6 +277,7 @@ def _attend_kernel(
     PADDED: tl.constexpr,
     FAR: tl.constexpr,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     REST: tl.constexpr,
     LISTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -365,8 +373,8 @@ def _attend_kernel(
             index = start + tl.arange(0, KEYS)
             unit, node = find_unit(index, count, node_listed, LISTED, PER_NODE)
             logits = unit_logits(
-                tile_query, group_keys, group_scales, unit, group_stride, scale, SCALED, SOFTCAP, PRECISION, WIDTH,
-                BLOCK_WIDTH,
+                tile_query, group_keys, group_scales, unit, group_stride, scale, SCALED, PAIRED, SOFTCAP, PRECISION,
+                WIDTH, BLOCK_WIDTH,
             )  # fmt: skip
             value = load_rows(node_values, node.to(tl.int64) * node_value_stride, column, WIDTH, BLOCK_WIDTH)
             word = tl.load(words + tl.minimum(index, count - 1))
@@ -383,8 +391,8 @@ def _attend_kernel(
                 index = start + tl.arange(0, KEYS)
                 node = tl.minimum(index, count - 1)
                 logits = unit_logits(
-                    tile_query, node_keys, node_scales, node, node_stride, scale, SCALED, SOFTCAP, PRECISION, WIDTH,
-                    BLOCK_WIDTH,
+                    tile_query, node_keys, node_scales, node, node_stride, scale, SCALED, False, SOFTCAP, PRECISION,
+                    WIDTH, BLOCK_WIDTH,
                 )  # fmt: skip
                 value = load_rows(node_values, node.to(tl.int64) * node_value_stride, column, WIDTH, BLOCK_WIDTH)
                 counted = (index[None, :] < count) & ~has_bit(tl.load(node_words + node), lane, QUERIES)
