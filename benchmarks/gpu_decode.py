@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import hga
+from hga.cache.layout import record_layout
+from hga.cache.summaries import Summaries
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
+from hga.ops.kernels.closing import close_chunks
 from hga.ops.kernels.decode import attend_decode
-from hga.ops.precision import Rows, encode_rows
+from hga.ops.precision import Rows
 
 KV_HEADS, REPEATS, HEAD_DIM = 4, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -34,32 +37,40 @@ BUS_GB_PER_S, BUS_LATENCY_US = 55.0, 39.0
 def make_layer(config: hga.HGAConfig, context: int, near: int) -> tuple[DecodeLayer, Tensor, Tensor]:
     """A layer of random K/V: the layer, its counts, and the records in host memory, which must stay alive."""
     chunks = context // config.chunk_size
-    per_chunk = config.chunk_size // config.group_size
-    shape = (chunks, KV_HEADS, per_chunk, 2, config.group_size, HEAD_DIM)
-    records = torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
-    sizes = {"node_keys": config.node_size, "node_values": config.node_size}
-    if config.two_level:
-        sizes["group_keys"] = config.group_size
-    rows = {name: [] for name in sizes}
+    layout = record_layout(config, KV_HEADS, HEAD_DIM, torch.bfloat16)
+    records = torch.empty((chunks, *layout.shape), dtype=torch.bfloat16, pin_memory=True)
+    held = Summaries(config)
     for start in range(0, chunks, 64):
-        part = torch.randn(min(64, chunks - start), *shape[1:], device="cuda", dtype=torch.bfloat16)
-        records[start : start + len(part)].copy_(part)
-        for name, size in sizes.items():
-            tokens = part[:, :, :, int(name == "node_values")].transpose(0, 1).flatten(1, 3)  # (Hkv, tokens, D)
-            means = tokens.float().unflatten(1, (-1, size)).mean(2)
-            rows[name].append(encode_rows(means, torch.float8_e4m3fn))
-    summaries = {
-        name: Rows(*(torch.cat([getattr(x, f) for x in parts], 1)[None].contiguous() for f in ("data", "scale")))
-        for name, parts in rows.items()
+        count = min(64, chunks - start)
+        keys, values = (
+            torch.randn(KV_HEADS, count * config.chunk_size, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+            for _ in range(2)
+        )
+        closed = close_chunks(
+            keys,
+            values,
+            chunk_size=config.chunk_size,
+            group_size=config.group_size,
+            node_size=config.node_size,
+            ordering=config.ordering,
+            summary_dtype=torch.float8_e4m3fn,
+            far_field=config.far_field,
+            group_key_bits=config.group_key_bits,
+        )
+        records[start : start + count].copy_(closed.records)
+        held.append(closed)
+    rows = {
+        name: Rows(*(x[None].contiguous() for x in getattr(held, name).held())) for name in ("node_keys", "node_values")
     }
-    stride = records[0].numel() * records.element_size()
+    group_keys = held.held_group_keys() if config.two_level else None
+    stride = layout.chunk_bytes
     near_kv = [torch.randn(1, KV_HEADS, 512, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     layer = DecodeLayer(
         near_keys=near_kv[0],
         near_values=near_kv[1],
-        node_keys=summaries["node_keys"],
-        node_values=summaries["node_values"],
-        group_keys=summaries.get("group_keys"),
+        node_keys=rows["node_keys"],
+        node_values=rows["node_values"],
+        group_keys=None if group_keys is None else type(group_keys)(*(x[None].contiguous() for x in group_keys)),
         addresses=(records.data_ptr() + torch.arange(chunks) * stride)[None].cuda(),
         slots=SlotCache.allocate(config, KV_HEADS, REPEATS, chunks, near_kv[0]),
         scratch=Scratch.allocate(config, 1, KV_HEADS, REPEATS, HEAD_DIM, chunks, torch.device("cuda")),

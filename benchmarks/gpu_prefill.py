@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 import hga
-from hga.ops.closing import pack_records
 from hga.ops.kernels import flash
+from hga.ops.kernels.closing import close_chunks
 from hga.ops.kernels.prefill import attend_all, attend_causal
 from hga.ops.kernels.prefill_routed import attend_prefill_routed
-from hga.ops.precision import encode_rows, resolve_summary_dtype
+from hga.ops.precision import resolve_summary_dtype
 from hga.ops.prefill_routed import ClosedChunks
-from hga.ops.summaries import mean_rows
 from hga.ops.tiles import closed_chunks
 
 KV_HEADS, REPEATS, HEAD_DIM = 4, 8, 128
@@ -59,16 +58,19 @@ class Prompt:
         chunks = closed_chunks(config, keys.shape[1])
         sink, size = config.sink_tokens, config.chunk_size
         old_keys, old_values = (x[:, sink : sink + chunks * size] for x in (keys, values))
-        chunked = (x.unflatten(1, (-1, size)).transpose(0, 1) for x in (old_keys, old_values))
-        self.records = pack_records(*chunked, config.group_size)
-        dtype = resolve_summary_dtype(config.summary_dtype, DTYPE)
-        nodes, groups = config.node_size, config.group_size
-        self.closed = ClosedChunks(
-            self.records,
-            encode_rows(mean_rows(old_keys.float(), nodes), dtype),
-            encode_rows(mean_rows(old_values.float(), nodes), dtype),
-            encode_rows(mean_rows(old_keys.float(), groups), dtype) if config.two_level else None,
+        closed = close_chunks(
+            old_keys,
+            old_values,
+            chunk_size=size,
+            group_size=config.group_size,
+            node_size=config.node_size,
+            ordering=config.ordering,
+            summary_dtype=resolve_summary_dtype(config.summary_dtype, DTYPE),
+            far_field=config.far_field,
+            group_key_bits=config.group_key_bits,
         )
+        self.records = closed.records
+        self.closed = ClosedChunks(closed.records, closed.node_keys, closed.node_values, closed.group_keys)
 
     def near(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Sink and all tokens in no chunk closed before the block [first, last)."""
