@@ -202,11 +202,11 @@ class HGAConfig:
             )
 
     def _check_combinations(self) -> None:
-        if self.group_key_bits is not None and (not self.two_level or self.summary != "mean"):
+        if self.group_key_bits is not None and (not self.two_level or self.ordering != "content"):
             raise ValueError(
-                f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node: it needs two "
-                f"levels and summary='mean', got overselection={self.overselection!r}, summary={self.summary!r}; "
-                "use group_key_bits=None"
+                f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node of the content "
+                f"tree: it needs a numeric overselection and ordering='content', got {self.overselection!r} and "
+                f"{self.ordering!r}; use group_key_bits=None"
             )
         if self.summary == "mixed_rope" and self.ordering != "position":
             raise ValueError(

@@ -30,8 +30,13 @@ BINS = 512
 PENDING_BLOCK = 32
 """Pending groups that are scored at once."""
 
+CODED_BLOCK = 64
+"""Coded groups that are scored at once."""
+
+_SELECTED_AT_ONCE = 1024
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
 _MANY_UNITS = 1 << 15
+_MOST_SPLITS = 128
 _NEVER_USED = -(1 << 20)
 
 
@@ -41,9 +46,11 @@ def padded_width(head_dim: int) -> int:
 
 
 def _selection_splits(columns: int, device: torch.device) -> int:
+    """Programs that choose among `columns`: each reads all the others' histograms, so no more than have work."""
     if device.type != "cuda":
         return 2
-    return _SELECTION_SPLITS * (2 if columns > _MANY_UNITS else 1)
+    most = _SELECTION_SPLITS * (2 if columns > _MANY_UNITS else 1)
+    return max(2, min(most, 1 << (columns // _SELECTED_AT_ONCE).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class Choice:
     found: Tensor  # (S, 4) int32
     limits: Tensor  # (S, 2) int32
     counts: Tensor  # (S,) int32
+
+    @property
+    def parts(self) -> int:
+        """Parts in which scores are made, each with a log-sum-exp of its own."""
+        return self.peaks.shape[1]
 
     @classmethod
     def allocate(cls, lines: int, selectors: int, columns: int, keep: int, parts: int, device: torch.device) -> Choice:
@@ -117,14 +129,17 @@ class Scratch:
         programs = _PROGRAMS if device.type == "cuda" else 8  # the interpreter runs one after another
         if chunks * config.chunk_size // config.node_size > _MANY_UNITS:
             programs *= 2
-        splits = max(2, min(128, 1 << int(math.log2(max(1, programs / selectors)))))
-        parts, first = splits + 1, pending_capacity(config, PENDING_BLOCK)
+        splits = max(2, min(_MOST_SPLITS, 1 << int(math.log2(max(1, programs / selectors)))))
+        group_splits, first = splits, pending_capacity(config, PENDING_BLOCK)
         nodes, columns = None, first + chunks * config.chunk_size // config.group_size
         if config.two_level:
             count = chunks * config.chunk_size // config.node_size
-            nodes = Choice.allocate(lines, selectors, count, config.candidate_nodes, parts, device)
-            columns = first + config.candidate_nodes * (config.node_size // config.group_size)
-        groups = Choice.allocate(lines, selectors, columns, config.routed_groups, parts, device)
+            nodes = Choice.allocate(lines, selectors, count, config.candidate_nodes, splits, device)
+            listed = config.candidate_nodes * (config.node_size // config.group_size)
+            columns = first + listed
+            if config.group_key_bits is not None:
+                group_splits = max(2, min(_MOST_SPLITS, -(-listed // CODED_BLOCK)))
+        groups = Choice.allocate(lines, selectors, columns, config.routed_groups, group_splits + 1, device)
         total = NEAR_SPLITS + 2 * CACHED_SPLITS + splits
         return cls(
             chunk_capacity=chunks,

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.coding import Codes
-from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, PENDING_BLOCK, Choice, DecodeLayer, padded_width
+from hga.ops.coding import NUMBERS_PER_BYTE, Codes
+from hga.ops.decode import CACHED_SPLITS, CODED_BLOCK, NEAR_SPLITS, PENDING_BLOCK, Choice, DecodeLayer, padded_width
+from hga.ops.kernels.code_scores import score_codes_kernel
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
     attend_far_kernel,
@@ -106,7 +107,10 @@ def attend_decode(
         _choose(step, listed, units=units, first=0)
         with _beside(query.device, "far") as join_far:
             _attend_far(step, listed, first=0)
-        _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
+        if isinstance(layer.group_keys, Codes):
+            _score_codes(step, query, new, layer.group_keys, groups, listed, scale, cap)
+        else:
+            _score(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
         _choose(step, groups, units=0, first=step.first, listed=listed)
     with _beside(query.device, "near") as join_near:
         _attend_near(step, query, groups, scale, cap)
@@ -123,7 +127,7 @@ def _score(
     step: _Step,
     query: Tensor,
     new: tuple[Tensor, Tensor],
-    keys: Rows | Codes,
+    keys: Rows,
     into: Choice,
     scale: float,
     softcap: float,
@@ -132,14 +136,7 @@ def _score(
     listed: Choice | None = None,
 ) -> None:
     """Scores with all `units` a chunk, or with the groups of listed nodes; pending groups before them."""
-    config, layer, splits = step.config, step.layer, step.layer.scratch.splits
-    data = layer.node_keys.data
-    codes: tuple[Tensor | int, ...] = (data, data, 0, data, 0)
-    per_chunk = 0
-    if isinstance(keys, Codes):
-        channels = keys.channels.view(torch.uint8)
-        codes = (keys.data, keys.scale, keys.data.shape[2], channels, channels.shape[2])
-        keys, per_chunk = layer.node_keys, config.chunk_size // config.node_size
+    config, layer, splits = step.config, step.layer, into.parts - pending
     fp8 = keys.scale is not None
     exact = keys.data.dtype == query.dtype
     nodes = into if listed is None else listed
@@ -153,7 +150,6 @@ def _score(
         keys.data.view(torch.uint8) if fp8 else keys.data,
         keys.scale if fp8 else keys.data,
         keys.data.shape[2],
-        *codes,
         step.counts,
         nodes.chosen,
         nodes.counts,
@@ -170,10 +166,9 @@ def _score(
         softcap,
         step.width,
         **step.tile,
-        BLOCK=128 if fp8 and not per_chunk else 64,
+        BLOCK=128 if fp8 else 64,
         SPLITS=splits,
         GROUP=config.group_size,
-        PER_CHUNK=per_chunk,
         PER_NODE=0 if listed is None else step.per_node,
         PENDING=int(pending),
         FIRST=step.first if pending else 0,
@@ -184,10 +179,70 @@ def _score(
     )
 
 
+def _score_codes(
+    step: _Step,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    keys: Codes,
+    into: Choice,
+    listed: Choice,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Scores with the coded groups of listed nodes; pending groups before them."""
+    config, layer, splits = step.config, step.layer, into.parts - 1
+    nodes, fp8 = layer.node_keys, layer.node_keys.scale is not None
+    channels = keys.channels.view(torch.uint8)
+    score_codes_kernel[(step.selectors, splits + 1)](
+        query,
+        *new,
+        layer.near_keys,
+        layer.near_values,
+        layer.near_keys.shape[2],
+        layer.faults,
+        nodes.data.view(torch.uint8) if fp8 else nodes.data,
+        nodes.scale if fp8 else nodes.data,
+        nodes.data.shape[2],
+        listed.scores,
+        listed.scores.shape[1],
+        keys.data,
+        keys.scale,
+        keys.data.shape[2],
+        channels,
+        channels.shape[2],
+        step.counts,
+        listed.chosen,
+        listed.counts,
+        listed.chosen.shape[1],
+        into.scores,
+        into.scores.shape[1],
+        into.peaks,
+        into.totals,
+        step.kv_heads,
+        config.sink_tokens,
+        config.window_tokens,
+        scale,
+        softcap,
+        step.width,
+        **step.tile,
+        QB=max(16, triton.next_power_of_2(step.width // NUMBERS_PER_BYTE)),
+        NODES=max(1, CODED_BLOCK // step.per_node),
+        SPLITS=splits,
+        GROUP=config.group_size,
+        PER_NODE=step.per_node,
+        PER_CHUNK=config.chunk_size // config.node_size,
+        FIRST=step.first,
+        FP8=fp8,
+        BY_BITS=_lacks_fp8(query.device),
+        DTYPE=_widened(query.dtype),
+        num_stages=2,
+    )
+
+
 def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice | None = None) -> None:
     """Choose the `keep` columns with the largest mass."""
     config, splits = step.config, choice.histogram.shape[1]
-    columns, parts = choice.scores.shape[1], step.layer.scratch.splits + (first > 0)
+    columns, parts = choice.scores.shape[1], choice.parts
     per_node = 0 if listed is None else step.per_node
     listed_counts = choice.counts if listed is None else listed.counts
     grid = (step.selectors, splits)
@@ -383,7 +438,7 @@ def _attend_far(step: _Step, units: Choice, first: int) -> None:
         units.scores.shape[1],
         units.limits,
         units.peaks,
-        splits + (first > 0),
+        units.parts,
         *step.parts,
         step.kv_heads,
         config.chunk_size // config.node_size,
@@ -394,7 +449,7 @@ def _attend_far(step: _Step, units: Choice, first: int) -> None:
         **step.tile,
         BLOCK=128 if step.encoding["FP8"] else 64,
         SPLITS=splits,
-        PARTS_B=triton.next_power_of_2(splits + 1),
+        PARTS_B=triton.next_power_of_2(units.parts),
         FIRST=first,
         **step.encoding,
         num_stages=3,
@@ -416,7 +471,7 @@ def _attend_listed_far(step: _Step, groups: Choice, listed: Choice) -> None:
         groups.scores.shape[1],
         groups.limits,
         groups.peaks,
-        splits + 1,
+        groups.parts,
         *step.parts,
         math.log(config.group_size),
         step.width,
@@ -425,7 +480,7 @@ def _attend_listed_far(step: _Step, groups: Choice, listed: Choice) -> None:
         **step.tile,
         BLOCK=32,
         SPLITS=CACHED_SPLITS,
-        PARTS_B=triton.next_power_of_2(splits + 1),
+        PARTS_B=triton.next_power_of_2(groups.parts),
         FIRST=step.first,
         PER_NODE=step.per_node,
         **step.encoding,

@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 
 from hga.ops import decode
-from hga.ops.coding import NUMBERS_PER_BYTE
 
 PENDING_BLOCK = tl.constexpr(decode.PENDING_BLOCK)
-_PACKED = tl.constexpr(NUMBERS_PER_BYTE)
 COUNTS = tl.constexpr(4)  # int32 a row: tokens in `near`, closed chunks, step, unused
 
 
@@ -36,28 +34,6 @@ def load_summaries(data, scales, rows, inside, d, width, FP8: tl.constexpr, BY_B
         values = tl.load(data + at, mask=mask, other=0.0).to(DTYPE)
         scale = inside.to(tl.float32)
     return values, scale
-
-
-@triton.jit
-def load_levels(codes, rows, inside, d, width, DTYPE: tl.constexpr):
-    """Levels -1.5, -0.5, 0.5, 1.5 of coded rows (K, D), 0 where not inside."""
-    at = rows[:, None] * (width // _PACKED) + (d // _PACKED)[None, :]
-    mask = inside[:, None] & (d < width)[None, :]
-    packed = tl.load(codes + at, mask=mask, other=0).to(tl.int32)
-    levels = ((packed >> ((d % _PACKED) * 2)[None, :]) & 3).to(tl.float32) - 1.5
-    return tl.where(mask, levels, 0.0).to(DTYPE)
-
-
-@triton.jit
-def load_channels(channels, rows, inside, d, width, BY_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """The channels (K, D), bytes of e4m3, of each row's chunk."""
-    mask = inside[:, None] & (d < width)[None, :]
-    codes = tl.load(channels + rows[:, None] * width + d[None, :], mask=mask, other=0)
-    if BY_BITS:
-        values = widen_e4m3(codes).to(DTYPE)
-    else:
-        values = codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    return values
 
 
 @triton.jit
@@ -141,6 +117,19 @@ def score_pending(
 
 
 @triton.jit
+def append_token(new_key, new_value, near_keys, near_values, row, faults, width, DB: tl.constexpr):
+    """Write a token's K/V (D,) to a row of `near`, and 1 to `faults` if a number of them is not finite."""
+    d = tl.arange(0, DB)
+    key = tl.load(new_key + d, mask=d < width, other=0.0)
+    value = tl.load(new_value + d, mask=d < width, other=0.0)
+    tl.store(near_keys + row * width + d, key, mask=d < width)
+    tl.store(near_values + row * width + d, value, mask=d < width)
+    infinite = float("inf")
+    finite = (tl.abs(key.to(tl.float32)) < infinite) & (tl.abs(value.to(tl.float32)) < infinite)
+    tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=finite == 0)
+
+
+@triton.jit
 def score_kernel(
     query,
     new_keys,
@@ -152,11 +141,6 @@ def score_kernel(
     keys,
     key_scales,
     capacity,
-    codes,
-    code_scales,
-    code_capacity,
-    channels,
-    channel_capacity,
     counts,
     listed,
     listed_counts,
@@ -182,7 +166,6 @@ def score_kernel(
     PER_NODE: tl.constexpr,
     PENDING: tl.constexpr,
     FIRST: tl.constexpr,
-    PER_CHUNK: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -190,11 +173,9 @@ def score_kernel(
     """Scores of ROWS query heads with summaries -> scores (rows, stride), and log-sum-exp parts a split.
 
     Grid (selectors, SPLITS + PENDING). PER_NODE = 0: every unit of the row's closed chunks. PER_NODE > 0: the
-    PER_NODE groups of each listed node. PER_CHUNK > 0: groups are coded, PER_CHUNK nodes a chunk; a group's key is its
-    node's, in `keys`, plus levels times channels, exact in DTYPE, times a step, which comes last. Archive units start
-    at column FIRST; the last split, with PENDING, writes the pending groups before it and appends the newest token's
-    K/V to `near`. Without scale (FP8) e4m3 values are exact in DTYPE, and so is the query, brought near 1 by a power of
-    two.
+    PER_NODE groups of each listed node. Archive units start at column FIRST; the last split, with PENDING, writes
+    the pending groups before it and appends the newest token's K/V to `near`. Without scale (FP8) e4m3 values are
+    exact in DTYPE, and so is the query, brought near 1 by a power of two.
     """
     selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
@@ -226,20 +207,9 @@ def score_kernel(
             else:
                 node = tl.load(listed + selector.to(tl.int64) * listed_stride + k // PER_NODE, mask=inside, other=0)
                 unit = node * PER_NODE + k % PER_NODE
-            if PER_CHUNK > 0:
-                rows = problem.to(tl.int64) * capacity + node
-                data, key_scale = load_summaries(keys, key_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
-                s = tl.dot(q, tl.trans(data), input_precision="ieee") * key_scale[None, :]
-                rows = problem.to(tl.int64) * code_capacity + unit
-                levels = load_levels(codes, rows, inside, d, width, DTYPE)
-                step = tl.load(code_scales + rows, mask=inside, other=0.0).to(tl.float32)
-                rows = problem.to(tl.int64) * channel_capacity + node // PER_CHUNK
-                data = levels * load_channels(channels, rows, inside, d, width, BY_BITS, DTYPE)
-                s = (s + tl.dot(q, tl.trans(data), input_precision="ieee") * step[None, :]) * scale
-            else:
-                rows = problem.to(tl.int64) * capacity + unit
-                data, key_scale = load_summaries(keys, key_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
-                s = tl.dot(q, tl.trans(data), input_precision="ieee") * (key_scale * scale)[None, :]
+            rows = problem.to(tl.int64) * capacity + unit
+            data, key_scale = load_summaries(keys, key_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+            s = tl.dot(q, tl.trans(data), input_precision="ieee") * (key_scale * scale)[None, :]
             s = tl.where(inside[None, :], cap_scores(s, softcap), float("-inf"))
             tl.store(out + FIRST + k[None, :], s, mask=(r < ROWS)[:, None] & inside[None, :])
             peak, total = fold_sum(peak, total, s)
@@ -247,18 +217,14 @@ def score_kernel(
         tl.store(totals + part, total, mask=r < ROWS)
     else:
         # The newest token is in the window: no program of this launch reads what is written here.
-        at = (problem.to(tl.int64) * near_capacity + near_length - 1) * width + d
-        new_key = tl.load(new_keys + problem * width + d, mask=d < width, other=0.0)
-        new_value = tl.load(new_values + problem * width + d, mask=d < width, other=0.0)
-        tl.store(near_keys + at, new_key, mask=d < width)
-        tl.store(near_values + at, new_value, mask=d < width)
-        infinite = float("inf")
-        finite = (tl.abs(new_key.to(tl.float32)) < infinite) & (tl.abs(new_value.to(tl.float32)) < infinite)
-        tl.store(faults + d * 0, tl.zeros((DB,), tl.int32) + 1, mask=finite == 0)
+        at = problem.to(tl.int64) * near_capacity
+        append_token(
+            new_keys + problem * width, new_values + problem * width, near_keys, near_values, at + near_length - 1,
+            faults, width, DB,
+        )  # fmt: skip
         pending = count_pending(near_length, sink, window, GROUP)
-        near_start = problem.to(tl.int64) * near_capacity + sink
         peak, total = score_pending(
-            query, near_keys, near_start, pending, scale, softcap, width, out, RB, ROWS, DB, GROUP, PENDING_BLOCK
+            query, near_keys, at + sink, pending, scale, softcap, width, out, RB, ROWS, DB, GROUP, PENDING_BLOCK
         )
         tl.store(peaks + part, peak, mask=r < ROWS)
         tl.store(totals + part, total, mask=r < ROWS)
