@@ -231,7 +231,7 @@ class HGAConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "fidelity": {"selection": "per_head", "budget_tokens": 4096},
-    "lean": {"group_size": 4},
+    "lean": {"group_size": 4, "overselection": 8},
     "paper": {
         "chunk_size": 64,
         "group_size": 16,

@@ -331,9 +331,10 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         groups.keep,
         SELECTORS=step.selectors_each,
         SLOTS_B=triton.next_power_of_2(count),
-        BLOCK=512,
+        BLOCK=min(1024, max(64, triton.next_power_of_2(groups.keep))),
         PER_NODE=step.per_node,
         FIRST=step.first,
+        num_warps=8,
     )
     words = 2 * config.group_size * step.width * layer.near_keys.element_size() // 8
     fetch_kernel[(step.problems, _FETCH_PROGRAMS)](
@@ -483,6 +484,7 @@ def _attend_listed_far(step: _Step, groups: Choice, listed: Choice) -> None:
         PARTS_B=triton.next_power_of_2(groups.parts),
         FIRST=step.first,
         PER_NODE=step.per_node,
+        PER_NODE_B=triton.next_power_of_2(step.per_node),
         **step.encoding,
     )
 

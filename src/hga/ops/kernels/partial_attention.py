@@ -141,6 +141,7 @@ def attend_listed_far_kernel(
     PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
     PER_NODE: tl.constexpr,
+    PER_NODE_B: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -152,6 +153,7 @@ def attend_listed_far_kernel(
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
     lines = selector.to(tl.int64) * ROWS + r
+    g = tl.arange(0, PER_NODE_B)
     peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
     total = tl.zeros((RB, BLOCK), tl.float32)
     sums = tl.zeros((RB, DB), tl.float32)
@@ -161,14 +163,14 @@ def attend_listed_far_kernel(
         node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
         rows = problem.to(tl.int64) * capacity + node
         data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
-        weights = tl.zeros((RB, BLOCK), tl.float32)
-        for group in range(PER_NODE):
-            column = FIRST + k * PER_NODE + group
-            bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=0)
-            far = inside & (is_chosen(bits, column, limit, last) == 0)
-            s_mask = (r < ROWS)[:, None] & far[None, :]
-            s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=s_mask, other=_NEVER)
-            weights += tl.exp(s + log_size - peak[:, None])
+        column = FIRST + k[:, None] * PER_NODE + g[None, :]  # (BLOCK, PER_NODE_B)
+        scored = inside[:, None] & (g < PER_NODE)[None, :]
+        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=scored, other=0)
+        far = scored & (is_chosen(bits, column, limit, last) == 0)
+        s_mask = (r < ROWS)[:, None, None] & far[None, :, :]
+        at = lines[:, None, None] * scores_stride + column[None, :, :]
+        s = tl.load(scores + at, mask=s_mask, other=_NEVER)  # (RB, BLOCK, PER_NODE_B)
+        weights = tl.sum(tl.exp(s + log_size - peak[:, None, None]), 2)
         total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
     _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
