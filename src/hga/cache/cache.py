@@ -163,9 +163,13 @@ class HGACache(DynamicCache):
             check_host_room(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
 
     def can_begin_token(self) -> bool:
-        """Whether kernels serve the next token in every layer of this cache, so that its step can be captured."""
+        """Whether kernels serve the next token in every layer of this cache."""
         routed = self.routed
         return len(routed) == len(self.layers) and all(layer.can_begin_token() for layer in routed)
+
+    def can_capture_token(self) -> bool:
+        """Whether the next token's step can be captured: no host reads a disk in the middle of it."""
+        return all(layer.can_capture_token() for layer in self.routed)
 
     def has_padding(self, padding: Any) -> bool:
         """Whether a mask (B, tokens so far + 1) pads the next token of some row. ValueError if it does not fit."""

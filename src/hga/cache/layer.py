@@ -253,8 +253,11 @@ class HGALayer(CacheLayerMixin):
             self.is_initialized
             and kernels_serve(self.hga_config, self.dtype, self.device)
             and all(row.close_due() for row in self.rows)
-            and all(store.gpu_readable for store in self._stores)
         )
+
+    def can_capture_token(self) -> bool:
+        """Whether kernels find the whole archive by address; else the host brings groups in the middle of a step."""
+        return all(store.gpu_readable for store in self._stores)
 
     def begin_token(self, step: int) -> None:
         """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number.

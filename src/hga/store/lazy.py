@@ -60,12 +60,14 @@ class LazyStore(MemoryStore):
         """See `Store.fetch`."""
         if self._missing_count:
             ids, pieces = ids.cpu(), groups.cpu() // self._piece_groups
-            head = torch.arange(self.layout.kv_heads)[:, None].expand_as(ids)
-            saved = ids < len(self._missing)
-            asked = torch.zeros_like(self._missing)
-            asked[ids[saved], head[saved], pieces[saved]] = True
-            self._fill(asked & self._missing)
+            self._fill_pieces(ids, torch.arange(self.layout.kv_heads)[:, None].expand_as(ids), pieces)
         return super().fetch(ids, groups)
+
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """See `Store.collect`."""
+        if self._missing_count:
+            self._fill_pieces(ids, heads, groups // self._piece_groups)
+        super().collect(ids, heads, groups, out)
 
     def addresses(self, ids: list[int]) -> Tensor:
         """See `Store.addresses`."""
@@ -96,6 +98,13 @@ class LazyStore(MemoryStore):
             asked = torch.zeros_like(self._missing)
             asked[[chunk for chunk in ids if chunk < len(asked)]] = True
             self._fill(asked & self._missing)
+
+    def _fill_pieces(self, ids: Tensor, heads: Tensor, pieces: Tensor) -> None:
+        """Read what is missing of single heads' pieces, all of one shape on the CPU."""
+        saved = ids < len(self._missing)
+        asked = torch.zeros_like(self._missing)
+        asked[ids[saved], heads[saved], pieces[saved]] = True
+        self._fill(asked & self._missing)
 
     def _fill(self, wanted: Tensor) -> None:
         """Read pieces (n, Hkv, pieces of a record), neighbours by one call."""

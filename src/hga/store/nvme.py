@@ -134,22 +134,22 @@ class NvmeStore:
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`. All heads are one batch, as long as the cache holds it."""
-        layout = self.layout
-        per_piece = self._piece_bytes // self._group_bytes
-        index: Any = groups.cpu().numpy() + np.arange(layout.kv_heads)[:, None] * layout.groups  # in the chunk
-        pieces = (ids.cpu().numpy() * self._pieces + index // per_piece).ravel()
-        rows = (index % per_piece).ravel()
+        layout, half = self.layout, self._group_bytes // 2
         shape = (*groups.shape, layout.group_size, layout.head_dim)
         keys, values = (torch.empty(shape, dtype=layout.dtype) for _ in range(2))
-        half = self._group_bytes // 2
         to_keys, to_values = (x.view(-1).view(torch.uint8).view(-1, half).numpy() for x in (keys, values))
-        for start in range(0, len(pieces), self._slots):
-            part = slice(start, start + self._slots)
-            slots = self._bring(pieces[part])
-            source = self._cache.memory[:, : per_piece * self._group_bytes].reshape(self._slots, -1, half)
-            to_keys[part] = source[slots, 2 * rows[part]]  # K and V of a group are neighbours
-            to_values[part] = source[slots, 2 * rows[part] + 1]
+        heads = torch.arange(layout.kv_heads)[:, None]
+        for part, held, slots, rows in self._parts(ids.cpu(), heads, groups.cpu()):
+            source = held.reshape(len(held), -1, half)
+            to_keys[part] = source[slots, 2 * rows]  # K and V of a group are neighbours
+            to_values[part] = source[slots, 2 * rows + 1]
         return keys, values
+
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """See `Store.collect`. One batch, as long as the cache holds it."""
+        target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
+        for part, held, slots, rows in self._parts(ids, heads, groups):
+            target[part] = held.reshape(len(held), -1, self._group_bytes)[slots, rows]
 
     def addresses(self, ids: list[int]) -> NoReturn:
         """TypeError: records on a file have no address; kernels ask `gpu_readable` first."""
@@ -284,6 +284,19 @@ class NvmeStore:
                 self._writer.forget(chunk)
 
     # ---- bringing ------------------------------------------------------------------------------------
+
+    def _parts(self, ids: Tensor, heads: Tensor, groups: Tensor) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """Bring groups, indices that broadcast, in parts that the cache holds.
+
+        Yields the part of them, the bytes of groups in the cache's slots, the slot and the row in it of each group.
+        """
+        per_piece = self._piece_bytes // self._group_bytes
+        index: Any = (heads * self.layout.groups + groups).numpy()  # in the chunk
+        pieces, rows = (ids.numpy() * self._pieces + index // per_piece).ravel(), (index % per_piece).ravel()
+        for start in range(0, len(pieces), self._slots):
+            part = slice(start, start + self._slots)
+            slots = self._bring(pieces[part])
+            yield part, self._cache.memory[:, : per_piece * self._group_bytes], slots, rows[part]
 
     def _bring(self, pieces: Any) -> Any:
         """Slots of pieces (n,), no more than there are slots, those not cached read into it."""
