@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_decode_kernels import decode_layer, filled_row, random_step
 from test_decoding import CONFIG, CONFIGS, DEVICE, HEADS, REPEATS, WIDTH, attend, random_tokens, serve
-from test_decode_kernels import BASE, decode_layer, filled_row, random_step
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,7 +73,6 @@ class Pair:
             time.sleep(1e-3)
 
 
-@pytest.mark.parametrize("cache", [1, 1 << 14, None])
 @pytest.mark.parametrize("name", RULES)
 def test_tokens_close_chunks_and_crop(name: str) -> None:
     pair = Pair(RULES[name], ram_cache_bytes=1 << 14)
@@ -113,7 +112,7 @@ def test_padded_batch_beams_and_turns() -> None:
     mask = torch.cat([mask, mask.new_ones(2, 40)], 1)
     pair.feed(2, 40, mask)
     pair.call("batch_select_indices", torch.tensor([1]))
-    pair.feed(1, 1)
+    pair.feed(1, 1, torch.cat([mask, mask.new_ones(2, 1)], 1)[1:])
 
 
 @pytest.mark.parametrize("name", ["balanced", "per_head", "two levels"])
@@ -196,14 +195,14 @@ def test_a_step_whose_read_fails_is_taken_back_and_the_next_one_is_right() -> No
     pair.feed(1, 1)
     pair.settle()
     token, broken = random_tokens(1, 1), [True]
-    assert pair.store._reader is not None
+    assert pair.store._files.reader is not None
 
     def preadv(descriptor: int, buffers: Any, offset: int) -> int:
         if broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, buffers, offset)
 
-    pair.store._reader._preadv = preadv
+    pair.store._files.reader._preadv = preadv
     one = pair.nvme
     for _ in range(2):
         assert one.can_begin_token()

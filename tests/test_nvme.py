@@ -136,7 +136,7 @@ def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
         read(model, cache, ids)
         for layer in cache.routed:
             wait_for(lambda store=layer._stores[0]: not store.traffic.queued_bytes)
-            layer._stores[0]._reader._preadv = preadv
+            layer._stores[0]._files.reader._preadv = preadv
         with pytest.raises(OSError, match="Input/output error"):
             read(model, cache, ids[:, :1])
         with pytest.raises(RuntimeError, match="interrupted"):

@@ -238,18 +238,26 @@ class HGACache(DynamicCache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: Any, *, store: str | None = None, report: Report = _no_report
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        store: str | None = None,
+        ram_cache_bytes: int | None = None,
+        report: Report = _no_report,
     ) -> HGACache:
         """The cache that was saved at `path`, for the same model; `loaded_ids` are the ids of its tokens.
 
-        An archive in host memory is read, and checked, where a query opens it, and the file stays open. With `store`,
-        a tier of `HGAConfig.store` that takes the saved one's place, and in other tiers all is read and checked now.
+        The archive is read, and checked, where a query opens it, and the file stays open: in host memory once, with
+        store="nvme" or "auto" whenever it is not in the RAM cache. `store` is a tier of `HGAConfig.store` that takes
+        the saved one's place: with "ram" or "device" all is read and checked now. ram_cache_bytes: as in `HGAConfig`.
         Any number of processes may load one file, and one cache `fork` any number of times: nothing writes to it.
-        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read.
+        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read, TimeoutError
+        if the disk hangs.
         """
         from hga.cache.saved import load_context
 
-        loaded: HGACache = load_context(cls, Path(path), model, store, report)
+        loaded: HGACache = load_context(cls, Path(path), model, store, ram_cache_bytes, report)
         return loaded
 
     def keep_common(self, prompt_ids: Sequence[int], held_ids: Sequence[int] | None = None) -> int:

@@ -189,7 +189,8 @@ class LayerDecoder:
 
     def _bring(self, counts: Tensor, groups: Tensor) -> Tensor:
         """See `hga.ops.decode.Bring`: the groups of all rows and heads by one request to the store."""
-        assert self._layer is not None and self._store is not None
+        assert self._layer is not None
+        assert self._store is not None
         layout, device = self._store.layout, self._layer.addresses.device
         problem, at = (torch.arange(groups.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
         group, row = groups[problem, at].long(), problem // layout.kv_heads

@@ -108,7 +108,7 @@ class Store(Protocol):
         ...
 
     def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
-        """Copy groups of single heads, all indices (n,) on the CPU and in any order, to `out` (n, 2, g, D) in host memory.
+        """Copy groups of single heads, indices (n,) on the CPU in any order, to `out` (n, 2, g, D) in host memory.
 
         For kernels that cannot read every chunk by its address. All are one batch.
         """
