@@ -23,6 +23,7 @@ from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
 from hga.store import StoreStats
 from hga.store.host import check_host_room
+from hga.store.scratch import check_disk_room
 from hga.store.traffic import add_up
 
 if TYPE_CHECKING:
@@ -150,17 +151,19 @@ class HGACache(DynamicCache):
         self.routed[0].check_model(config.get_text_config(decoder=True))
 
     def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:
-        """Whether a prompt of `tokens` more can be read; rows and dtype (the K/V's) count before the first one.
+        """Whether `tokens` more can be read, a prompt's and those that will be generated after it.
 
-        ValueError if it ends beyond the model's positions; MemoryError if host memory cannot hold its archive
-        (store="ram"). Tokens that are generated later are checked as the archive grows.
+        rows and dtype (the K/V's) count before the first one. ValueError if they end beyond the model's positions;
+        MemoryError if host memory cannot hold their archive (store="ram"), OSError if the scratch folder's disk cannot
+        ("nvme", and "auto" beyond its RAM). Tokens that are not asked for here are checked as the archive grows.
         """
         layers = self.routed
         layers[0].check_room(tokens)
-        if self.hga_config.store == "ram":
+        if self.hga_config.store != "device":
             dtype = dtype or getattr(layers[0].shape.model_config, "dtype", None) or torch.get_default_dtype()
             wanted_bytes = sum(layer.growth_bytes(tokens, rows, dtype) for layer in layers)
-            check_host_room(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
+            check = check_host_room if self.hga_config.store == "ram" else check_disk_room
+            check(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
 
     def can_begin_token(self) -> bool:
         """Whether kernels serve the next token in every layer of this cache."""

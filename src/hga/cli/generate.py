@@ -85,6 +85,7 @@ def generate(
     load_seconds = time.perf_counter() - started
     ids = ids.to(loaded.device)
     check_positions(loaded.config, ids.shape[1] + max_new_tokens)
+    cache.check_room(ids.shape[1] - reused + max_new_tokens, dtype=loaded.dtype)
     started = time.perf_counter()
     with hga.enabled(loaded, config):
         read_prompt(loaded, ids, cache, reused, ids.shape[1] - 1)
