@@ -7,7 +7,7 @@ since no store looks at them. SmolLM2 reads 8,192 tokens, its limit, and every K
 last ones, routed. Eight such heads' choices make one head's at 64K: their contexts are interleaved chunk by chunk, so
 the eighth part of each step's choice drifts as one real head's does, with its real neighbours inside a chunk. A whole
 layer's step is timed (scores, selection, fetch, attention, far field; float32 on a CPU, one thread), with the
-recorded groups in the place of those that the random queries choose; the stores take turns and their outputs are
+recorded groups, as many, in the place of those that the random queries choose; the stores take turns and their outputs are
 compared bit for bit. One JSON line a store: a step, what 48 such layers would allow (attention alone), RAM hits, reads.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from hga.store import MemoryStore, NvmeStore, RecordLayout, Store
 
 STREAMS = 8
 LAYERS = 48
+_SCATTER = 2654435761  # a hash of places: Knuth's
+_SPARE = 2  # a head chooses so many times more at 8K than its part at 64K: recent tokens take a part of each choice
 _RECORDED_TOKENS, _TOKENS = 8192, 65536
 
 
@@ -48,7 +51,7 @@ class Recording(MemoryStore):
 class Replaying:
     """A store that is asked for recorded groups, whatever is chosen."""
 
-    def __init__(self, store: Store, steps: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, store: Store, steps: list[Tensor]) -> None:
         self.store, self.steps, self.step = store, steps, -1
 
     def __getattr__(self, name: str) -> Any:
@@ -58,11 +61,13 @@ class Replaying:
         """As many recorded groups as were asked for, so that the step goes on as ever."""
         if self.step < 0:  # filling
             return self.store.fetch(ids, groups)
-        recorded_ids, recorded_groups = self.steps[self.step]
-        if recorded_ids.shape[1] < ids.shape[1]:
-            raise RuntimeError(f"{recorded_ids.shape[1]} groups were recorded, {ids.shape[1]} are asked for")
-        wanted = ids.shape[1]
-        return self.store.fetch(recorded_ids[:, :wanted].contiguous(), recorded_groups[:, :wanted].contiguous())
+        places, per_chunk = self.steps[self.step], self.store.layout.groups
+        if places.shape[1] < ids.shape[1]:
+            raise RuntimeError(f"{places.shape[1]} groups were recorded, {ids.shape[1]} are asked for")
+        # Which are left out depends on the group alone, so that leaving out adds no drift.
+        kept = (places * _SCATTER % (1 << 31)).argsort(-1)[:, : ids.shape[1]].sort(-1).values
+        places = places.gather(1, kept)
+        return self.store.fetch(places // per_chunk, places % per_chunk)
 
 
 @torch.no_grad()
@@ -86,8 +91,8 @@ def choices(recorded: Recorded, config: hga.HGAConfig, steps: int) -> list[tuple
     return made[0].asked
 
 
-def interleave(streams: list[list[tuple[Tensor, Tensor]]], config: hga.HGAConfig) -> list[tuple[Tensor, Tensor]]:
-    """Choices of heads (each a step's ids and groups (U,)) as those of KV_HEADS heads over eight times the chunks."""
+def interleave(streams: list[list[tuple[Tensor, Tensor]]], config: hga.HGAConfig) -> list[Tensor]:
+    """Choices of heads (each a step's ids and groups (U,)) as places (KV_HEADS, U) over eight times the chunks."""
     per_chunk, steps = config.chunk_size // config.group_size, []
     for at in range(len(streams[0])):
         heads = []
@@ -96,15 +101,11 @@ def interleave(streams: list[list[tuple[Tensor, Tensor]]], config: hga.HGAConfig
             asked = [stream[at] for stream in own]
             heads.append(torch.cat([(i * STREAMS + index) * per_chunk + g for index, (i, g) in enumerate(asked)]))
         least = min(map(len, heads))
-        # What is cut is a part of the last stream's choice, the same in every step but for a few.
-        joined = torch.stack([places[:least].sort().values for places in heads])
-        steps.append((joined // per_chunk, joined % per_chunk))
+        steps.append(torch.stack([places[:least].sort().values for places in heads]))
     return steps
 
 
-def fill(
-    config: hga.HGAConfig, cache_bytes: int | None, steps: list[tuple[Tensor, Tensor]]
-) -> tuple[Variant, Replaying]:
+def fill(config: hga.HGAConfig, cache_bytes: int | None, steps: list[Tensor]) -> tuple[Variant, Replaying]:
     """A row of 64K random tokens over one store."""
     variant = Variant(config, cache_bytes)
     opened: list[Replaying] = []
@@ -138,8 +139,7 @@ def main() -> None:
     size, steps = options.group_size, options.steps + options.warm_up
     config = hga.HGAConfig(prefill="routed", ordering="position", group_size=size, node_size=size)
     always = config.sink_tokens + config.window_tokens
-    # A little more than an eighth: the tokens behind the archive win a part of each choice.
-    part = -(-(config.routed_groups + 160 // size) // STREAMS)
+    part = _SPARE * config.routed_groups // STREAMS
     recorded_config = config.replace(ordering="content", budget_tokens=always + part * size)
     model, tokenizer = load_model(options.model)
     text = options.document.read_text(encoding="utf-8")
@@ -180,7 +180,7 @@ def main() -> None:
         if not all(torch.equal(outputs[0], out) for out in outputs[1:]):
             raise RuntimeError(f"the stores' outputs differ at step {at}")
     median = {name: statistics.median(variant.ms) for name, (variant, _) in variants.items()}
-    new = [len(set(a.tolist()) - set(b.tolist())) / len(a) for a, b in _pairs(replayed, config)]
+    new = [len(set(b[0].tolist()) - set(a[0].tolist())) / b.shape[1] for a, b in pairwise(replayed)]
     for name, (variant, store) in variants.items():
         found: dict[str, Any] = {
             "store": name,
@@ -217,13 +217,6 @@ def main() -> None:
             "torch": torch.__version__,
         }
         print(json.dumps(found), flush=True)
-
-
-def _pairs(steps: list[tuple[Tensor, Tensor]], config: hga.HGAConfig) -> list[tuple[Tensor, Tensor]]:
-    """The first head's places at each step, with those of the step before."""
-    per_chunk = config.chunk_size // config.group_size
-    places = [(ids * per_chunk + groups)[0] for ids, groups in steps]
-    return list(zip(places[1:], places[:-1], strict=True))
 
 
 if __name__ == "__main__":

@@ -325,8 +325,14 @@ def read_and_decode(model: Any, config: HGAConfig, ids: Tensor, steps: int) -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_200_steps_on_a_gpu_have_the_bits_of_ram(
-    preset: str, dtype: torch.dtype, batch: int, big_model: Callable[[torch.dtype], Any]
+    preset: str,
+    dtype: torch.dtype,
+    batch: int,
+    big_model: Callable[[torch.dtype], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Under a graph the libraries may choose another matrix product, which is no matter of the store.
+    monkeypatch.setattr("hga.integrations.transformers.step._can_capture", lambda model: False)
     model = big_model(dtype)
     ids = torch.randint(1, 512, (batch, 1600), device="cuda")
     routed = {"prefill": "routed", "budget_tokens": 256, "block_tokens": 512}
