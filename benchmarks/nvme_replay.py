@@ -7,8 +7,9 @@ since no store looks at them. SmolLM2 reads 8,192 tokens, its limit, and every K
 last ones, routed. Eight such heads' choices make one head's at 64K: their contexts are interleaved chunk by chunk, so
 the eighth part of each step's choice drifts as one real head's does, with its real neighbours inside a chunk. A whole
 layer's step is timed (scores, selection, fetch, attention, far field; float32 on a CPU, one thread), with the
-recorded groups, as many, in the place of those that the random queries choose; the stores take turns and their outputs are
-compared bit for bit. One JSON line a store: a step, what 48 such layers would allow (attention alone), RAM hits, reads.
+recorded groups, as many, in the place of those that the random queries choose; the stores take turns and their
+outputs are compared bit for bit. One JSON line a store: a step, what 48 such layers would allow (attention alone),
+RAM hits, reads.
 """
 
 from __future__ import annotations

@@ -132,12 +132,12 @@ def test_a_prompt_for_which_the_disk_has_no_room_is_refused_before_it_is_read(st
     with hga.enabled(model, config), torch.no_grad():
         cache = HGACache(config=model.config, hga_config=config)
         message = (
-            rf"the archive of this prompt \(3,000 tokens\) needs [\d,]+ bytes in the scratch folder {place}, whose "
+            rf"the archive of this prompt \(1,900 tokens\) needs [\d,]+ bytes in the scratch folder {place}, whose "
         )
         with pytest.raises(
             OSError, match=message + r"disk has [\d,]+ left. Give a shorter prompt.*HGA_SCRATCH"
         ) as caught:
-            model(torch.ones(1, 3000, dtype=torch.long), past_key_values=cache)
+            model(torch.ones(1, 1900, dtype=torch.long), past_key_values=cache)
         assert caught.value.errno == errno.ENOSPC
         assert cache.get_seq_length() == 0
         read(model, cache, torch.ones(1, 600, dtype=torch.long))  # the cache is as before, and this fits
@@ -151,13 +151,13 @@ def test_a_prompt_for_which_the_disk_has_no_room_is_refused_before_it_is_read(st
 
 def test_what_stays_in_ram_asks_for_no_disk(small_disk):
     small_disk(64 << 10)
-    model, config = tiny_model(), TINY.replace(store="auto", ram_cache_bytes=1 << 22, block_tokens=512)
+    model, config = tiny_model(), TINY.replace(store="auto", ram_cache_bytes=400_000, block_tokens=512)
     with hga.enabled(model, config), torch.no_grad():
         cache = HGACache(config=model.config, hga_config=config)
         model(torch.ones(1, 1500, dtype=torch.long), past_key_values=cache)
-        cache.check_room(100)
+        cache.check_room(30)
         with pytest.raises(OSError, match="needs"):
-            cache.check_room(1 << 14)
+            cache.check_room(500)
 
 
 def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
