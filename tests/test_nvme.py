@@ -143,7 +143,7 @@ def test_a_prompt_for_which_the_disk_has_no_room_is_refused_before_it_is_read(st
         read(model, cache, torch.ones(1, 600, dtype=torch.long))  # the cache is as before, and this fits
         wanted = sum(layer.growth_bytes(1000, 1, torch.float32) for layer in cache.routed)
         chunk = cache.routed[0]._stores[0]._chunk_bytes
-        assert 900 // 32 * 2 * chunk <= wanted <= 1100 // 32 * 2 * chunk
+        assert 10 * 2 * chunk < wanted <= 1100 // 32 * 2 * chunk  # less what the files have reserved already
         with pytest.raises(OSError, match="1,000 tokens"):
             cache.check_room(1000)
         cache.check_room(30)
