@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,10 @@ def test_a_saved_archive_decodes_by_kernels_before_all_of_it_is_read(monkeypatch
     records, order = memory.read(ids, torch.device("cpu"))
     raw = records.contiguous().view(torch.uint8).view(-1)
 
-    def read(first: int, target: memoryview) -> None:
-        start = first * memory.layout.group_bytes
-        target[:] = raw[start : start + len(target)].numpy().tobytes()
+    def read(firsts: Sequence[int], targets: Sequence[memoryview]) -> None:
+        for first, target in zip(firsts, targets, strict=True):
+            start = first * memory.layout.group_bytes
+            target[:] = raw[start : start + len(target)].numpy().tobytes()
 
     assert order is not None
     filled = LazyStore(memory.layout, len(ids), order.to(torch.int16), 1, read, torch.device(DEVICE))
