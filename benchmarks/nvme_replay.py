@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Replaying:
 
     def __init__(self, store: Store, steps: list[Tensor]) -> None:
         self.store, self.steps, self.step = store, steps, -1
+        self.ms: list[float] = []  # that fetching takes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
@@ -68,7 +70,26 @@ class Replaying:
         # Which are left out depends on the group alone, so that leaving out adds no drift.
         kept = (places * _SCATTER % (1 << 31)).argsort(-1)[:, : ids.shape[1]].sort(-1).values
         places = places.gather(1, kept)
-        return self.store.fetch(places // per_chunk, places % per_chunk)
+        started = time.perf_counter()
+        found = self.store.fetch(places // per_chunk, places % per_chunk)
+        self.ms.append((time.perf_counter() - started) * 1e3)
+        return found
+
+
+def read_or_record(path: Path | None, name: str, document: Path) -> list[Recorded]:
+    """Q, K and V of as many layers as have the heads that are needed, spread over the model."""
+    if path is not None and path.exists():
+        return [Recorded(*layer) for layer in torch.load(path)]
+    model, tokenizer = load_model(name)
+    text = document.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :_RECORDED_TOKENS]
+    if ids.shape[1] < _RECORDED_TOKENS:
+        raise ValueError(f"{document} has {ids.shape[1]} tokens; give a text of {_RECORDED_TOKENS}")
+    count, needed = model.config.num_hidden_layers, -(-KV_HEADS * STREAMS // model.config.num_key_value_heads)
+    recorded = record(model, ids, [index * count // needed for index in range(needed)], torch.bfloat16)
+    if path is not None:
+        torch.save([(layer.query, layer.key, layer.value) for layer in recorded], path)
+    return recorded
 
 
 @torch.no_grad()
@@ -135,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=192)
     parser.add_argument("--warm-up", type=int, default=64, help="steps before, that fill the caches")
     parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--recording", type=Path, help="where Q, K and V are kept, or taken from if they are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size, steps = options.group_size, options.steps + options.warm_up
@@ -142,17 +164,8 @@ def main() -> None:
     always = config.sink_tokens + config.window_tokens
     part = _SPARE * config.routed_groups // STREAMS
     recorded_config = config.replace(ordering="content", budget_tokens=always + part * size)
-    model, tokenizer = load_model(options.model)
-    text = options.document.read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :_RECORDED_TOKENS]
-    if ids.shape[1] < _RECORDED_TOKENS:
-        raise ValueError(f"{options.document} has {ids.shape[1]} tokens; give a text of {_RECORDED_TOKENS}")
-    count = model.config.num_hidden_layers
-    needed = -(-KV_HEADS * STREAMS // model.config.num_key_value_heads)
-    layers = [index * count // needed for index in range(needed)]
+    recorded = read_or_record(options.recording, options.model, options.document)
     streams: list[list[tuple[Tensor, Tensor]]] = []
-    recorded = record(model, ids, layers, torch.bfloat16)
-    del model
     for layer in recorded:
         asked = choices(layer, recorded_config, steps)
         streams += [[(i[head], g[head]) for i, g in asked] for head in range(layer.key.shape[0])]
@@ -170,6 +183,7 @@ def main() -> None:
         if at == options.warm_up:
             for name, (variant, store) in variants.items():
                 variant.ms.clear()
+                store.ms.clear()
                 if isinstance(store.store, NvmeStore):
                     before[name] = store.store.traffic.stats()
         query = torch.randn(KV_HEADS, REPEATS, 1, HEAD_DIM, generator=generator).bfloat16()
@@ -188,6 +202,7 @@ def main() -> None:
             "median_ms": round(median[name], 3),
             "quartiles_ms": [round(x, 3) for x in statistics.quantiles(variant.ms, n=4)[::2]],
             "over_ram": round(median[name] / median["ram"], 2),
+            "fetch_ms": round(statistics.median(store.ms), 3),
             "tokens_per_s_all_layers": round(1e3 / (median[name] * LAYERS), 2),
         }
         if isinstance(store.store, NvmeStore):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,9 @@ def runs(ids: list[int], longest: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def plan_reads(
-    pieces: Any, buffers: list[memoryview], piece_bytes: int, unwanted: memoryview
+    pieces: Any, memory: memoryview, rows: Any, piece_bytes: int, unwanted: memoryview
 ) -> tuple[list[int], list[list[memoryview]]]:
-    """Reads of ascending pieces (n,) into their buffers: offsets, and the buffers that each fills.
+    """Reads of ascending pieces (n,) to rows (n,) of memory, a piece each: offsets, and the buffers that each fills.
 
     Pieces with no more between them than `unwanted` holds come by one read, what lies between goes there: it costs
     less than another read.
@@ -48,14 +47,17 @@ def plan_reads(
     gaps = np.diff(pieces) - 1
     longest = max(1, _LONGEST_BYTES // piece_bytes)
     cut = (gaps * piece_bytes > len(unwanted)) | (pieces[1:] // longest != pieces[:-1] // longest)
-    edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(pieces)]
-    between = (gaps * piece_bytes).tolist()
-    targets = []
-    for first, last in pairwise(edges):
-        run = [buffers[first]]
-        for index in range(first + 1, last):
-            if between[index - 1]:
-                run.append(unwanted[: between[index - 1]])
-            run.append(buffers[index])
-        targets.append(run)
-    return (pieces[edges[:-1]] * piece_bytes).tolist(), targets
+    apart = cut | (gaps > 0) | (np.diff(rows) != 1)  # not one buffer
+    starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+    sizes = np.diff(np.append(starts, len(pieces))) * piece_bytes
+    begins = np.concatenate([[True], cut])[starts]
+    skipped = np.concatenate([[0], gaps * piece_bytes])[starts]
+    targets: list[list[memoryview]] = []
+    each = zip(begins.tolist(), skipped.tolist(), (rows[starts] * piece_bytes).tolist(), sizes.tolist(), strict=True)
+    for begin, skip, at, size in each:
+        if begin:
+            targets.append([])
+        elif skip:
+            targets[-1].append(unwanted[:skip])
+        targets[-1].append(memory[at : at + size])
+    return (pieces[starts[begins]] * piece_bytes).tolist(), targets

@@ -355,7 +355,7 @@ class NvmeStore:
             return
         taken = self._cache.take(int(missing.sum()))
         try:
-            self._files.load(pieces[missing], self._cache.buffers(taken))
+            self._files.load(pieces[missing], self._cache.raw, taken)
         except BaseException as error:
             if isinstance(error, OSError | ValueError) and not isinstance(error, TimeoutError):
                 self._cache.give_back(taken)
@@ -374,9 +374,7 @@ class NvmeStore:
         hit = slots >= 0
         staged[hit] = self._cache.memory[slots[hit]]
         missing = np.flatnonzero(~hit)
-        raw = memoryview(staged).cast("B")
-        size = self._piece_bytes
-        self._files.load(pieces[missing], [raw[start : start + size] for start in (missing * size).tolist()])
+        self._files.load(pieces[missing], memoryview(staged).cast("B"), missing)
         room = min(len(missing), self._slots - int(hit.sum()))
         kept = missing[np.arange(room) * len(missing) // max(1, room)]
         taken = self._cache.take(room)

@@ -38,22 +38,23 @@ class PieceFiles:
         """Where a chunk begins in the scratch file, in bytes."""
         return (chunk - self.first_own) * self._per_chunk * self._piece_bytes
 
-    def load(self, pieces: Any, buffers: list[memoryview]) -> None:
-        """Fill buffers with ascending pieces: neighbours in a file come by one read. Errors as `Reader.read`.
+    def load(self, pieces: Any, memory: memoryview, rows: Any) -> None:
+        """Fill rows of memory with ascending pieces: neighbours in a file come by one read. Errors as `Reader.read`.
 
         ValueError for a saved piece that is not what was saved.
         """
         own = self.first_own * self._per_chunk
         split = int(np.searchsorted(pieces, own))
         if split and self.saved is not None:
-            offsets, targets = self._plan(pieces[:split], buffers[:split])
+            offsets, targets = self._plan(pieces[:split], memory, rows[:split])
             _read(self._saved_reader, [self.saved.start + offset for offset in offsets], targets)
-            for piece, buffer in zip(pieces[:split].tolist(), buffers[:split], strict=True):
-                self.saved.check(piece, buffer)
-        pieces, buffers = pieces[split:], buffers[split:]
+            for piece, row in zip(pieces[:split].tolist(), rows[:split].tolist(), strict=True):
+                self.saved.check(piece, memory[row * self._piece_bytes : (row + 1) * self._piece_bytes])
+        pieces, rows = pieces[split:], rows[split:]
         if self.writer is not None and self.writer.busy:
-            pieces, buffers = self._take_waiting(pieces, buffers)
-        _read(self.reader, *self._plan(pieces - own, buffers))
+            on_file = self._take_waiting(pieces, memory, rows)
+            pieces, rows = pieces[on_file], rows[on_file]
+        _read(self.reader, *self._plan(pieces - own, memory, rows))
 
     def load_chunks(self, chunks: list[int], rows: list[Any]) -> None:
         """Fill rows of page-aligned memory with whole chunks."""
@@ -87,25 +88,26 @@ class PieceFiles:
         if self.writer is not None:
             self.writer.cancel()
 
-    def _plan(self, pieces: Any, buffers: list[memoryview]) -> tuple[list[int], list[list[memoryview]]]:
-        return plan_reads(pieces, buffers, self._piece_bytes, self._unwanted)
+    def _plan(self, pieces: Any, memory: memoryview, rows: Any) -> tuple[list[int], list[list[memoryview]]]:
+        return plan_reads(pieces, memory, rows, self._piece_bytes, self._unwanted)
 
     def _waiting(self, chunk: int) -> Any:
         """The bytes of a chunk that is not in the scratch file yet; else None."""
         return None if self.writer is None else self.writer.find(chunk)
 
-    def _take_waiting(self, pieces: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
-        """Fill buffers of pieces that are still on their way to the file; returns the others."""
+    def _take_waiting(self, pieces: Any, memory: memoryview, rows: Any) -> Any:
+        """Fill rows of pieces that are still on their way to the file; returns which others there are."""
+        size = self._piece_bytes
         chunks = pieces // self._per_chunk
         on_file = np.ones(len(pieces), bool)
         for chunk in np.unique(chunks).tolist():
             if (waiting := self._waiting(chunk)) is not None:
                 raw = memoryview(waiting)
                 for index in np.flatnonzero(chunks == chunk).tolist():
-                    start = int(pieces[index]) % self._per_chunk * self._piece_bytes
-                    buffers[index][:] = raw[start : start + self._piece_bytes]
+                    start, row = int(pieces[index]) % self._per_chunk * size, int(rows[index])
+                    memory[row * size : (row + 1) * size] = raw[start : start + size]
                     on_file[index] = False
-        return pieces[on_file], [buffers[index] for index in np.flatnonzero(on_file).tolist()]
+        return on_file
 
 
 def _read(reader: Reader | None, offsets: list[int], targets: list[list[memoryview]]) -> None:

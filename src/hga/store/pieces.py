@@ -21,7 +21,7 @@ class PieceCache:
         self.piece_bytes = piece_bytes
         self._block = allocate_host(slots * piece_bytes)
         self.memory: Any = self._block.bytes.view(slots, piece_bytes).numpy()
-        self._raw: memoryview = self.memory.data.cast("B")
+        self.raw: memoryview = self.memory.data.cast("B")
         self._slot_of: Any = np.empty(0, np.int32)  # by piece
         self._piece_of: Any = np.full(slots, _NOTHING, np.int64)
         self._used: Any = np.zeros(slots, np.int64)  # number of the last batch that used a slot
@@ -85,11 +85,6 @@ class PieceCache:
         """Bytes of memory touched, and of the tables."""
         tables = (self._slot_of, self._piece_of, self._used)
         return self._fresh * self.piece_bytes + sum(int(table.nbytes) for table in tables)
-
-    def buffers(self, slots: Any) -> list[memoryview]:
-        """The memory of slots."""
-        raw, size = self._raw, self.piece_bytes
-        return [raw[start : start + size] for start in (slots * size).tolist()]
 
     def _choose(self, count: int) -> Any:
         """The longest unused of the slots behind the hand; none that the batch uses."""
