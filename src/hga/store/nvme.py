@@ -158,16 +158,15 @@ class NvmeStore:
         to_keys, to_values = (x.view(-1).view(torch.uint8).view(-1, half).numpy() for x in (keys, values))
         heads = torch.arange(layout.kv_heads)[:, None]
         for part, held, slots, rows in self._parts(ids.cpu(), heads, groups.cpu()):
-            source = held.reshape(len(held), -1, half)
-            to_keys[part] = source[slots, 2 * rows]  # K and V of a group are neighbours
-            to_values[part] = source[slots, 2 * rows + 1]
+            _take(held, slots, 2 * rows, to_keys[part])  # K and V of a group are neighbours
+            _take(held, slots, 2 * rows + 1, to_values[part])
         return keys, values
 
     def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
         """See `Store.collect`. One batch, as long as the cache holds it."""
         target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
         for part, held, slots, rows in self._parts(ids, heads, groups):
-            target[part] = held.reshape(len(held), -1, self._group_bytes)[slots, rows]
+            _take(held, slots, rows, target[part])
 
     def addresses(self, ids: list[int]) -> NoReturn:
         """TypeError: records on a file have no address; kernels ask `gpu_readable` first."""
@@ -319,11 +318,10 @@ class NvmeStore:
     def _parts(self, ids: Tensor, heads: Tensor, groups: Tensor) -> Iterator[tuple[slice, Any, Any, Any]]:
         """Bring groups, indices that broadcast, in parts of bounded size.
 
-        Yields a part of them, pieces' bytes of groups, which of these pieces and which row in it each group is. They
-        hold until the next part.
+        Yields a part of them, pieces (n, bytes), which of these and which row in it each group is. They hold until
+        the next part.
         """
         per_piece = self._piece_bytes // self._group_bytes
-        held_bytes = per_piece * self._group_bytes
         index: Any = (heads * self.layout.groups + groups).numpy()  # in the chunk
         wanted, rows = (ids.numpy() * self._pieces + index // per_piece).ravel(), (index % per_piece).ravel()
         at_once = max(self._slots, STAGED_BYTES // self._piece_bytes)
@@ -335,18 +333,18 @@ class NvmeStore:
             hits = int(hit.sum())
             self.traffic.add_look_ups(hits, len(hit) - hits)
             if hits == len(hit):
-                yield part, self._cache.memory[:, :held_bytes], found, rows[part]
+                yield part, self._cache.memory, found, rows[part]
                 continue
-            pieces, place = np.unique(wanted[part], return_inverse=True)
+            pieces, place = _distinct(wanted[part], self._capacity * self._pieces)
             slots = self._cache.find(pieces)
             if len(pieces) <= self._slots:
                 self._bring(pieces, slots)
-                yield part, self._cache.memory[:, :held_bytes], slots[place], rows[part]
+                yield part, self._cache.memory, slots[place], rows[part]
             else:
                 with borrow(len(pieces) * self._piece_bytes) as block:
                     staged: Any = block.bytes.numpy()[: len(pieces) * self._piece_bytes].reshape(len(pieces), -1)
                     self._stage_pieces(pieces, slots, staged)
-                    yield part, staged[:, :held_bytes], place, rows[part]
+                    yield part, staged, place, rows[part]
 
     def _bring(self, pieces: Any, slots: Any) -> None:
         """Read ascending pieces that have no slot into some, and note them in `slots`."""
@@ -403,3 +401,22 @@ class NvmeStore:
         if chunk not in self._holders:
             raise KeyError(f"chunk {chunk} is not held by this store; it was released or never appended")
         return chunk
+
+
+def _distinct(numbers: Any, limit: int) -> tuple[Any, Any]:
+    """Distinct numbers below a limit, ascending, and which of them each is. Marks are quicker than sorting."""
+    seen, place = np.zeros(limit, bool), np.empty(limit, np.int32)
+    seen[numbers] = True
+    distinct = np.flatnonzero(seen)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[numbers]
+
+
+def _take(pieces: Any, piece: Any, row: Any, out: Any) -> None:
+    """Copy rows of pieces (n, bytes), cut into rows as wide as those of `out`, to it."""
+    width, row_bytes = pieces.shape[1], out.shape[1]
+    per_piece, padding = divmod(width, row_bytes)
+    if padding:
+        out[:] = pieces[:, : per_piece * row_bytes].reshape(len(pieces), -1, row_bytes)[piece, row]
+    else:
+        pieces.reshape(-1, row_bytes).take(piece * per_piece + row, 0, out, "clip")
