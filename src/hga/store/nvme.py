@@ -14,7 +14,7 @@ from torch import Tensor
 from hga.store.extents import fit_piece, runs
 from hga.store.host import allocate_host, check_host_room
 from hga.store.piece_files import PieceFiles
-from hga.store.pieces import PieceCache
+from hga.store.pieces import PieceCache, find_distinct, take_rows
 from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader
 from hga.store.record import RecordLayout, check_records
 from hga.store.saved import SavedChunks
@@ -158,15 +158,15 @@ class NvmeStore:
         to_keys, to_values = (x.view(-1).view(torch.uint8).view(-1, half).numpy() for x in (keys, values))
         heads = torch.arange(layout.kv_heads)[:, None]
         for part, held, slots, rows in self._parts(ids.cpu(), heads, groups.cpu()):
-            _take(held, slots, 2 * rows, to_keys[part])  # K and V of a group are neighbours
-            _take(held, slots, 2 * rows + 1, to_values[part])
+            take_rows(held, slots, 2 * rows, to_keys[part])  # K and V of a group are neighbours
+            take_rows(held, slots, 2 * rows + 1, to_values[part])
         return keys, values
 
     def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
         """See `Store.collect`. One batch, as long as the cache holds it."""
         target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
         for part, held, slots, rows in self._parts(ids, heads, groups):
-            _take(held, slots, rows, target[part])
+            take_rows(held, slots, rows, target[part])
 
     def addresses(self, ids: list[int]) -> NoReturn:
         """TypeError: records on a file have no address; kernels ask `gpu_readable` first."""
@@ -335,7 +335,7 @@ class NvmeStore:
             if hits == len(hit):
                 yield part, self._cache.memory, found, rows[part]
                 continue
-            pieces, place = _distinct(wanted[part], self._capacity * self._pieces)
+            pieces, place = find_distinct(wanted[part], self._capacity * self._pieces)
             slots = self._cache.find(pieces)
             if len(pieces) <= self._slots:
                 self._bring(pieces, slots)
@@ -401,22 +401,3 @@ class NvmeStore:
         if chunk not in self._holders:
             raise KeyError(f"chunk {chunk} is not held by this store; it was released or never appended")
         return chunk
-
-
-def _distinct(numbers: Any, limit: int) -> tuple[Any, Any]:
-    """Distinct numbers below a limit, ascending, and which of them each is. Marks are quicker than sorting."""
-    seen, place = np.zeros(limit, bool), np.empty(limit, np.int32)
-    seen[numbers] = True
-    distinct = np.flatnonzero(seen)
-    place[distinct] = np.arange(len(distinct))
-    return distinct, place[numbers]
-
-
-def _take(pieces: Any, piece: Any, row: Any, out: Any) -> None:
-    """Copy rows of pieces (n, bytes), cut into rows as wide as those of `out`, to it."""
-    width, row_bytes = pieces.shape[1], out.shape[1]
-    per_piece, padding = divmod(width, row_bytes)
-    if padding:
-        out[:] = pieces[:, : per_piece * row_bytes].reshape(len(pieces), -1, row_bytes)[piece, row]
-    else:
-        pieces.reshape(-1, row_bytes).take(piece * per_piece + row, 0, out, "clip")

@@ -100,3 +100,22 @@ class PieceCache:
 
     def _usable(self, slots: Any) -> Any:
         return (self._used[slots] < self._batch) & (self._piece_of[slots] != _NOTHING)
+
+
+def find_distinct(numbers: Any, limit: int) -> tuple[Any, Any]:
+    """Distinct numbers below a limit, ascending, and which of them each is. Marks are quicker than sorting."""
+    seen, place = np.zeros(limit, bool), np.empty(limit, np.int32)
+    seen[numbers] = True
+    distinct = np.flatnonzero(seen)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[numbers]
+
+
+def take_rows(pieces: Any, piece: Any, row: Any, out: Any) -> None:
+    """Copy rows of pieces (n, bytes), cut into rows as wide as those of `out`, to it."""
+    width, row_bytes = pieces.shape[1], out.shape[1]
+    per_piece, padding = divmod(width, row_bytes)
+    if padding:
+        out[:] = pieces[:, : per_piece * row_bytes].reshape(len(pieces), -1, row_bytes)[piece, row]
+    else:
+        pieces.reshape(-1, row_bytes).take(piece * per_piece + row, 0, out, "clip")
