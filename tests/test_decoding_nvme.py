@@ -259,7 +259,10 @@ TINY = {
 }
 
 
-def test_a_model_says_that_it_decodes_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_says_that_it_decodes_without_a_graph(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hga.integrations.transformers.step._can_capture", lambda model: False)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY)).to(DEVICE).eval()
     ids = torch.randint(1, 64, (1, 123), device=DEVICE)
