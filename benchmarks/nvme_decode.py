@@ -45,21 +45,21 @@ class Recorded:
 
 
 @torch.no_grad()
-def record(model: Any, ids: Tensor, layer: int, dtype: torch.dtype) -> Recorded:
-    """Q, K and V of one layer while the model reads `ids` (1, T) densely."""
-    found: list[Recorded] = []
+def record(model: Any, ids: Tensor, layers: list[int], dtype: torch.dtype) -> list[Recorded]:
+    """Q, K and V of some layers while the model reads `ids` (1, T) densely."""
+    found: dict[int, Recorded] = {}
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        if module.layer_idx == layer:
-            heads = key.shape[1]
-            found.append(Recorded(query[0].unflatten(0, (heads, -1)).to(dtype), key[0].to(dtype), value[0].to(dtype)))
+        if module.layer_idx in layers:
+            grouped = query[0].unflatten(0, (key.shape[1], -1))
+            found[module.layer_idx] = Recorded(grouped.to(dtype), key[0].to(dtype), value[0].to(dtype))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("recording", attend)
     AttentionMaskInterface.register("recording", sdpa_mask)
     model.set_attn_implementation("recording")
     model.model(ids, use_cache=False)
-    return found[0]
+    return [found[layer] for layer in layers]
 
 
 class Variant:
@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.model, options.gguf_file)
     ids = tokenizer(options.document.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, : options.tokens]
-    recorded = record(model, ids, options.layer, torch.bfloat16)
+    (recorded,) = record(model, ids, [options.layer], torch.bfloat16)
     layers, tokens = model.config.num_hidden_layers, ids.shape[1]
     del model
     heads, _, width = recorded.key.shape

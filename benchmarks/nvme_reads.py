@@ -86,8 +86,8 @@ def main() -> None:
     started = time.perf_counter()
     chunks = fill(store, options.gib)
     written = chunks * LAYOUT.chunk_bytes / (time.perf_counter() - started)
-    assert store._reader is not None
-    file = store._reader.file
+    assert store._files.reader is not None
+    file = store._files.reader.file
     generator = np.random.default_rng(0)
     per_chunk = LAYOUT.chunk_bytes // PIECE_BYTES
     for size_bytes in (PIECE_BYTES, 8 * PIECE_BYTES, LAYOUT.chunk_bytes):

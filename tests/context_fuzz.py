@@ -105,7 +105,9 @@ def fuzz(count: int, seed: int, report_every: int = 0) -> collections.Counter[st
             path.write_bytes(mutated)
             try:
                 with watch.over(len(mutated)):
-                    loaded = HGACache.load(path, model, store=chance.choice([None, "ram"]))
+                    store = chance.choice([None, "ram", "nvme"])
+                    cache_bytes = len(mutated) if store == "nvme" else None
+                    loaded = HGACache.load(path, model, store=store, ram_cache_bytes=cache_bytes)
             except (ValueError, OSError) as error:
                 if str(path) not in str(error):
                     raise AssertionError(f"an error that does not name its file: {error}") from error

@@ -80,6 +80,27 @@ def test_an_answer_needs_no_reading(folder, document, capsys):
     assert f"{len(TEXT) + 2:,} tokens from {path} in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("store", ["nvme", "auto"])
+def test_an_answer_from_the_file_where_it_is(store, folder, document, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HGA_SCRATCH", str(tmp_path))
+    path = saved(capsys, folder, document)
+    options = ("generate", "--model", folder, "--max-new-tokens", 8, "--context", path, "--prompt", "Who?")
+    memory = run(capsys, *options)
+    disk = run(capsys, *options, "--store", store, "--ram-cache-gb", 0.0001)
+    assert disk["text"] == memory["text"]
+    storage = disk["cache"]["storage"]
+    assert storage["read_operations"] > 0
+    assert set(storage) >= {
+        "read_bytes",
+        "read_p50_ms",
+        "read_p99_ms",
+        "deepest_queue",
+        "ram_hit_rate",
+        "written_bytes",
+    }
+    assert memory["cache"]["storage"] is None
+
+
 def test_a_question_in_a_chat(folder, document, tmp_path, capsys):
     path = saved(capsys, folder, document, "--system", "Be brief.")
     asked = run(capsys, "generate", "--model", folder, "--context", path, "--prompt", "Who?", "--max-new-tokens", 20)
@@ -122,9 +143,7 @@ def test_bad_input(folder, document, tmp_path, capsys):
     assert "there is no saved context at" in refused(capsys, "context", "verify", tmp_path / "no.hga")
     ask = ("generate", "--prompt", "Who?", "--context", path)
     assert "leave --chat out" in refused(capsys, *ask, "--model", folder, "--chat")
-    assert "leave --preset, --budget, --store and --ram-cache-gb out" in refused(
-        capsys, *ask, "--model", folder, "--budget", 256
-    )
+    assert "leave --preset and --budget out" in refused(capsys, *ask, "--model", folder, "--budget", 256)
     other = tmp_path / "other"
     tiny_model(rms_norm_eps=1e-3).save_pretrained(other)
     AutoTokenizer.from_pretrained(folder).save_pretrained(other)

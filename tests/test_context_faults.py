@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from hga.cache import HGACache
 from hga.cache.saved import SavedContext, read_context, verify_context
 from hga.cache.saved.context import seal
 from hga.cache.saved.file import lay_out, raw_bytes, replacing
+from hga.store.reader import Reader
 
 DOCUMENT = families.prompt(300)
 PROMPT = torch.cat([DOCUMENT, families.prompt(20, seed=1)], 1)
@@ -100,7 +102,7 @@ def test_a_flipped_bit_anywhere_is_found(model: Any, path: Path) -> None:
     verify_context(path, no_report)
 
 
-@pytest.mark.parametrize("store", [None, "ram", "device"])
+@pytest.mark.parametrize("store", [None, "ram", "device", "nvme", "auto"])
 def test_a_damaged_record_makes_no_token(model: Any, path: Path, store: str | None) -> None:
     saved = read_context(path)
     expected = answer(model, PROMPT, HGACache.load(path, model))
@@ -109,11 +111,13 @@ def test_a_damaged_record_makes_no_token(model: Any, path: Path, store: str | No
     where = r"layer 1: the record of chunk 6, KV head 1 is damaged"
     with pytest.raises(ValueError, match=where):
         verify_context(path, no_report)
-    if store is not None:
+    if store in ("ram", "device"):
         with pytest.raises(ValueError, match=where):
             HGACache.load(path, model, store=store)
         return
-    loaded = HGACache.load(path, model)
+    if store is not None:
+        hga.enable(model, SMALL.replace(store=store))
+    loaded = HGACache.load(path, model, store=store)
     untouched = loaded.fork()
     with pytest.raises(ValueError, match=where):
         answer(model, PROMPT, loaded)
@@ -124,7 +128,7 @@ def test_a_damaged_record_makes_no_token(model: Any, path: Path, store: str | No
     loaded.reset()
     assert torch.equal(answer(model, PROMPT, loaded)[:, 0], expected[:, 0])
     flip(path, saved.file.offsets["layers.1.records"] + size - 1)
-    assert torch.equal(answer(model, PROMPT, HGACache.load(path, model)), expected)
+    assert torch.equal(answer(model, PROMPT, HGACache.load(path, model, store=store)), expected)
 
 
 def test_a_record_that_was_read_is_not_asked_for_again(model: Any, path: Path) -> None:
@@ -152,6 +156,56 @@ def test_a_file_that_was_cut_off(model: Any, path: Path) -> None:
     os.truncate(path, saved.file.offsets["layers.0.records"])  # under a cache that reads it
     with pytest.raises(OSError, match="it was cut off"):
         answer(model, PROMPT, loaded)
+
+
+class Hanging:
+    """A disk that stops in the middle: reads from an offset on take `seconds`, those before it none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> None:
+        self.beyond: int | None = None
+        self._seconds = seconds
+        slow = functools.partial(Reader, preadv=self.read, deadline_seconds=0.3)
+        monkeypatch.setattr("hga.cache.saved.file.Reader", slow)
+
+    def read(self, descriptor: int, buffers: Any, offset: int) -> int:
+        if self.beyond is not None and offset >= self.beyond:
+            time.sleep(self._seconds)
+        return os.preadv(descriptor, buffers, offset)
+
+
+def test_a_disk_that_hangs_while_a_context_is_loaded(model: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = read_context(path)
+    disk = Hanging(monkeypatch)
+    places = {"header": 0, "table": saved.file.offsets["checksums"], "ids": saved.file.offsets["token_ids"]}
+    for place in places.values():
+        disk.beyond = place
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match=f"reading from {path}: nothing came for 0.3 seconds"):
+            HGACache.load(path, model)
+        assert time.monotonic() - started < 5
+    disk.beyond = saved.file.offsets["layers.0.records"]
+    with pytest.raises(TimeoutError, match="the device hangs"):
+        verify_context(path, no_report)
+    with pytest.raises(TimeoutError, match="the device hangs"):
+        HGACache.load(path, model, store="ram")
+    disk.beyond = None
+    assert HGACache.load(path, model).get_seq_length() == 300
+
+
+def test_a_disk_that_hangs_at_the_first_question(model: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(model, PROMPT, HGACache.load(path, model))
+    disk = Hanging(monkeypatch)
+    loaded = HGACache.load(path, model)
+    fork = loaded.fork()
+    disk.beyond = 0
+    with pytest.raises(TimeoutError, match=f"reading from {path}: nothing came for 0.3 seconds"):
+        answer(model, PROMPT, loaded)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        answer(model, PROMPT, loaded)
+    disk.beyond = None
+    assert torch.equal(answer(model, PROMPT, fork), expected)
+    time.sleep(1.2)  # the late reads arrive
+    assert torch.equal(answer(model, PROMPT, HGACache.load(path, model)), expected)
 
 
 def test_two_records_that_changed_places(model: Any, path: Path) -> None:

@@ -61,7 +61,7 @@ def no_report(done_bytes: int, all_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("store", [None, "ram", "device"])
+@pytest.mark.parametrize("store", [None, "ram", "device", "nvme", "auto"])
 def test_a_loaded_context_answers_as_the_cache_that_was_saved(name: str, store: str | None, tmp_path: Path) -> None:
     path = tmp_path / "a.hga"
     with hga.enabled(families.shared(name), SMALL) as model:
@@ -119,6 +119,54 @@ def test_answers_come_before_the_file_is_read(tmp_path: Path) -> None:
         assert missing(fork) == missing(loaded)  # what one has read, the others need not read
         assert HGACache.load(path, model, store="ram").layers[0]._stores[0].gpu_readable is False  # no GPU here
         assert missing(HGACache.load(path, model, store="ram")) == 0
+
+
+@pytest.mark.parametrize("store", ["nvme", "auto"])
+@pytest.mark.parametrize("cache_bytes", [1, 1 << 16, None])
+def test_a_disks_store_reads_the_saved_file_where_it_is(store: str, cache_bytes: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.hga"
+    with hga.enabled(families.shared("llama"), SMALL) as model:
+        cache = save(model, path)
+        raw = path.read_bytes()
+        expected = answer(model, PROMPT, cache.fork())
+        longer = torch.cat([PROMPT, families.prompt(300, seed=2)], 1)
+        longer_expected = answer(model, longer, cache)
+    config = SMALL.replace(store=store, ram_cache_bytes=cache_bytes)
+    with hga.enabled(families.shared("llama"), config) as model:
+        loaded = HGACache.load(path, model, store=store, ram_cache_bytes=cache_bytes)
+        stats = loaded.stats().storage
+        assert stats is not None
+        assert (stats.read_bytes, stats.written_bytes) == (0, 0)
+        first, second = loaded.fork(), loaded.fork()
+        assert torch.equal(answer(model, PROMPT, first), expected)
+        stats = loaded.stats().storage
+        assert stats.read_bytes > 0
+        assert stats.written_bytes + stats.queued_bytes < read_context(path).record_bytes / 4  # new chunks alone
+        assert torch.equal(answer(model, longer, second), longer_expected)  # closes chunks behind the saved ones
+        stats = loaded.stats().storage
+        assert stats.written_bytes + stats.queued_bytes > 0
+        assert torch.equal(answer(model, PROMPT, loaded), expected)
+        second.keep_first(longer.shape[1])
+        second.save(tmp_path / "b.hga", model, longer)
+        assert path.read_bytes() == raw
+    with hga.enabled(families.shared("llama"), SMALL.replace(store="nvme")) as model:
+        again = HGACache.load(tmp_path / "b.hga", model, store="nvme")
+        assert again.get_seq_length() == longer.shape[1]
+        again.keep_first(300)  # reopens saved chunks
+        assert torch.equal(answer(model, PROMPT, again), expected)
+
+
+def test_records_whose_pieces_are_no_pages_are_copied(tmp_path: Path) -> None:
+    path = tmp_path / "a.hga"
+    with hga.enabled(families.shared("llama"), SMALL) as model:
+        expected = answer(model, PROMPT, save(model, path))
+    with hga.enabled(families.shared("llama"), SMALL.replace(store="nvme")) as model, pytest.MonkeyPatch.context() as p:
+        p.setattr("hga.cache.saved.load.PAGE_BYTES", 1 << 20)
+        loaded = HGACache.load(path, model, store="nvme")
+        stats = loaded.stats().storage
+        assert stats is not None
+        assert stats.written_bytes + stats.queued_bytes > 0
+        assert torch.equal(answer(model, PROMPT, loaded), expected)
 
 
 def test_crop_and_keep_common_on_a_loaded_context(tmp_path: Path) -> None:

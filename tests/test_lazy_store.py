@@ -1,5 +1,7 @@
 """The store that fills itself from a file: what is asked for is read once, in few pieces, and nothing else is."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -24,13 +26,15 @@ class Source:
         self.asked: list[tuple[int, int]] = []
         self.broken: set[int] = set()
 
-    def read(self, first: int, target: memoryview) -> None:
-        count = len(target) // PIECE_BYTES
-        self.asked.append((first, count))
-        if self.broken & set(range(first, first + count)):
-            raise ValueError("broken")
+    def read(self, firsts: Sequence[int], targets: Sequence[memoryview]) -> None:
         raw = self.records.view(torch.uint8).numpy().tobytes()
-        target[:] = raw[first * PIECE_BYTES : (first + count) * PIECE_BYTES]
+        for first, target in zip(firsts, targets, strict=True):
+            count = len(target) // PIECE_BYTES
+            self.asked.append((first, count))
+            target[:] = raw[first * PIECE_BYTES : (first + count) * PIECE_BYTES]
+            if self.broken & set(range(first, first + count)):
+                target[:] = bytes(len(target))
+                raise ValueError("broken")
 
     def open(self) -> LazyStore:
         return LazyStore(LAYOUT, CHUNKS, self.order, PIECE_GROUPS, self.read, torch.device("cpu"))

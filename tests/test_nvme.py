@@ -1,6 +1,7 @@
 """Archives on NVMe through the cache: the same tokens and logits bit for bit, and nothing left of a run."""
 
 import copy
+import errno
 import gc
 import os
 import signal
@@ -132,6 +133,41 @@ def test_a_full_disk_during_prefill_is_a_clear_error_and_the_cache_can_be_read_a
         assert torch.equal(again, read(model, HGACache(config=model.config, hga_config=TINY), ids))
 
 
+@pytest.mark.parametrize("store", ["nvme", "auto"])
+def test_a_prompt_for_which_the_disk_has_no_room_is_refused_before_it_is_read(store, small_disk):
+    place = small_disk(256 << 10)
+    model, config = tiny_model(), TINY.replace(store=store, ram_cache_bytes=1 << 17, block_tokens=512)
+    with hga.enabled(model, config), torch.no_grad():
+        cache = HGACache(config=model.config, hga_config=config)
+        message = (
+            rf"the archive of this prompt \(1,900 tokens\) needs [\d,]+ bytes in the scratch folder {place}, whose "
+        )
+        with pytest.raises(
+            OSError, match=message + r"disk has [\d,]+ left. Give a shorter prompt.*HGA_SCRATCH"
+        ) as caught:
+            model(torch.ones(1, 1900, dtype=torch.long), past_key_values=cache)
+        assert caught.value.errno == errno.ENOSPC
+        assert cache.get_seq_length() == 0
+        read(model, cache, torch.ones(1, 600, dtype=torch.long))  # the cache is as before, and this fits
+        wanted = sum(layer.growth_bytes(1000, 1, torch.float32) for layer in cache.routed)
+        chunk = cache.routed[0]._stores[0]._chunk_bytes
+        assert 10 * 2 * chunk < wanted <= 1100 // 32 * 2 * chunk  # less what the files have reserved already
+        with pytest.raises(OSError, match="1,000 tokens"):
+            cache.check_room(1000)
+        cache.check_room(30)
+
+
+def test_what_stays_in_ram_asks_for_no_disk(small_disk):
+    small_disk(64 << 10)
+    model, config = tiny_model(), TINY.replace(store="auto", ram_cache_bytes=400_000, block_tokens=512)
+    with hga.enabled(model, config), torch.no_grad():
+        cache = HGACache(config=model.config, hga_config=config)
+        model(torch.ones(1, 1500, dtype=torch.long), past_key_values=cache)
+        cache.check_room(30)
+        with pytest.raises(OSError, match="needs"):
+            cache.check_room(500)
+
+
 def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
     model, ids = tiny_model(), torch.arange(1, 401)[None] % 250
     config = TINY.replace(store="nvme", ram_cache_bytes=1)
@@ -144,7 +180,7 @@ def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
         read(model, cache, ids)
         for layer in cache.routed:
             wait_for(lambda store=layer._stores[0]: not store.traffic.queued_bytes)
-            layer._stores[0]._reader._preadv = preadv
+            layer._stores[0]._files.reader._preadv = preadv
         with pytest.raises(OSError, match="Input/output error"):
             read(model, cache, ids[:, :1])
         with pytest.raises(RuntimeError, match="interrupted"):

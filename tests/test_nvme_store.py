@@ -11,10 +11,12 @@ import threading
 import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
-from hga.store import MemoryStore, NvmeStore, RecordLayout, scratch
+from hga.store import MemoryStore, NvmeStore, RecordLayout, SavedChunks, scratch
+from hga.store.extents import plan_reads
 from hga.store.reader import OpenFile, Reader, Threads
 from hga.store.scratch import open_scratch
 from hga.store.traffic import Traffic
@@ -22,8 +24,9 @@ from hga.store.traffic import Traffic
 CPU = torch.device("cpu")
 EVEN = RecordLayout(kv_heads=2, groups=16, group_size=4, head_dim=32, dtype=torch.float32, ordered=True)
 ODD = RecordLayout(kv_heads=3, groups=5, group_size=3, head_dim=7, dtype=torch.bfloat16, ordered=False)
+PAIRS = RecordLayout(kv_heads=1, groups=32, group_size=2, head_dim=128, dtype=torch.bfloat16, ordered=True)
 WIDE = RecordLayout(kv_heads=2, groups=64, group_size=4, head_dim=80, dtype=torch.bfloat16, ordered=True)
-LAYOUTS = pytest.mark.parametrize("layout", [EVEN, ODD, WIDE], ids=["even", "odd", "wide"])
+LAYOUTS = pytest.mark.parametrize("layout", [EVEN, ODD, WIDE, PAIRS], ids=["even", "odd", "wide", "pairs"])
 
 
 @pytest.fixture(autouse=True)
@@ -119,13 +122,13 @@ def test_what_is_counted():
     store.fetch(none + 12, groups)
     stats = store.traffic.stats()
     assert (stats.ram_hits, stats.ram_misses, stats.ram_hit_rate) == (16, 16, 0.5)
-    assert stats.read_operations == 2  # neighbours of a head come by one read
-    assert stats.read_bytes == 16 * EVEN.group_bytes
+    assert stats.read_operations == 1  # two heads' neighbours, and 8 KiB between them
+    assert stats.read_bytes == 24 * EVEN.group_bytes
     assert 0 < stats.read_p50_ms <= stats.read_p99_ms < 1e4
-    assert stats.deepest_queue == 2
+    assert stats.deepest_queue == 1
     assert stats.written_bytes == 16 * EVEN.chunk_bytes
     store.fetch(none + 12, groups)
-    assert store.traffic.stats().read_operations == 2
+    assert store.traffic.stats().read_operations == 1
 
 
 def test_what_is_used_stays_and_what_is_not_goes():
@@ -163,6 +166,161 @@ def test_what_is_abandoned_goes_at_the_next_call():
     store.abandon([ids[0], ids[2]])
     assert sum(store.held_bytes().values()) == 0
     assert store.allocated_bytes()["nvme"] == 0
+
+
+def test_single_groups_in_any_order_are_those_of_memory():
+    for layout in (EVEN, WIDE, PAIRS):
+        store, reference = NvmeStore(layout, 50_000), MemoryStore(layout, CPU, "ram")
+        given = chunks(layout, 23)
+        ids = store.append(*given)
+        reference.append(*given)
+        generator = torch.Generator().manual_seed(3)
+        for count in (1, 7, 900):
+            asked_ids = torch.tensor(ids)[torch.randint(0, len(ids), (count,), generator=generator)]
+            heads = torch.randint(0, layout.kv_heads, (count,), generator=generator)
+            groups = torch.randint(0, layout.groups, (count,), generator=generator)
+            got, wanted = (torch.empty(count, *layout.shape[2:], dtype=layout.dtype) for _ in range(2))
+            store.collect(asked_ids, heads, groups, got)
+            reference.collect(asked_ids, heads, groups, wanted)
+            assert torch.equal(got, wanted)
+            assert torch.equal(wanted, given[0][asked_ids, heads, groups])
+
+
+def test_groups_of_two_tokens_share_a_page():
+    store = NvmeStore(PAIRS, 1 << 20)
+    assert PAIRS.group_bytes == 1024
+    assert store._piece_bytes == 4096
+    ids = store.append(*chunks(PAIRS, 64))
+    settle(store)
+    groups = torch.tensor([[4, 5, 6, 7]])
+    store.fetch(torch.full_like(groups, ids[-1]), groups)
+    assert (store.traffic.stats().read_operations, store.traffic.stats().read_bytes) == (1, 4096)
+
+
+def test_a_batch_larger_than_the_cache_is_read_at_once_and_leaves_what_is_used_often():
+    store = NvmeStore(EVEN, 4 * EVEN.chunk_bytes)
+    ids = store.append(*chunks(EVEN, 64))
+    settle(store)
+    everything = torch.arange(16).expand(2, 16)
+    often = torch.full((2, 16), ids[40])
+    all_ids = torch.tensor(ids).repeat_interleave(16).expand(2, -1)
+    for _ in range(3):
+        store.fetch(often, everything)
+        before = store.traffic.stats().read_operations
+        store.fetch(all_ids, everything.repeat(1, 64))
+        assert store.traffic.stats().read_operations - before < 24  # 2 MiB by runs of 256 KiB, not by pieces
+    hits = store.traffic.ram_hits
+    store.fetch(often, everything)
+    assert store.traffic.ram_hits == hits + 32
+
+
+def test_reads_bridge_what_costs_less_than_another_read():
+    size, unwanted = 4096, memoryview(bytearray(3 * 4096))
+    pieces = np.array([1, 2, 5, 9, 10, 63, 64])  # gaps of 2 and 3 pieces, and a far one; a run of 64 ends
+    memory = memoryview(bytearray(len(pieces) * size))
+    rows = np.array([2, 3, 4, 6, 5, 0, 1])
+    offsets, targets = plan_reads(pieces, memory, rows, size, unwanted)
+    assert offsets == [size, 63 * size, 64 * size]
+    assert [len(buffer) // size for buffer in targets[0]] == [2, 2, 1, 3, 1, 1]  # neighbours in both are one buffer
+    assert [len(buffer) // size for buffer in targets[1] + targets[2]] == [1, 1]
+    for read in targets:
+        for buffer in read:
+            buffer[:] = b"x" * len(buffer)
+    assert bytes(memory) == b"x" * len(memory)
+    assert plan_reads(pieces[:0], memory, rows[:0], size, unwanted) == ([], [])
+
+
+# ---- a saved file's chunks -----------------------------------------------------------------------------
+
+
+class Saved:
+    """A file of chunks, 4096 bytes checked together."""
+
+    def __init__(self, folder, count=20):
+        self.records, self.order = chunks(EVEN, count, 5)
+        raw = self.records.view(torch.uint8).numpy().tobytes()
+        self.path = folder / "saved"
+        self.path.write_bytes(bytes(4096) + raw)
+        self.pieces = [raw[start : start + 4096] for start in range(0, len(raw), 4096)]
+        self.count, self.checked = count, 0
+
+    def check(self, first, raw):
+        for index in range(len(raw) // 4096):
+            self.checked += 1
+            if bytes(raw[index * 4096 : (index + 1) * 4096]) != self.pieces[first + index]:
+                raise ValueError(f"piece {first + index} is damaged")
+
+    def open(self, cache_bytes, **faults):
+        file = OpenFile(os.open(self.path, os.O_RDONLY), str(self.path))
+        file.try_direct(lambda page: None)
+        store = NvmeStore(EVEN, cache_bytes, **faults)
+        ids = store.adopt(SavedChunks(file, 4096, self.count, 4096, self.check), self.order)
+        reference = MemoryStore(EVEN, CPU, "ram")
+        assert ids == reference.append(self.records, self.order)
+        return store, reference, ids
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("cache_bytes", [1, 100_000, 1 << 24])
+def test_a_saved_files_chunks_are_read_where_they_are(folder, spill, cache_bytes):
+    saved = Saved(folder)
+    store, reference, ids = saved.open(cache_bytes, spill=spill)
+    assert saved.checked == store.traffic.stats().written_bytes == 0
+    assert store.held_bytes() == {"nvme": 20 * EVEN.chunk_bytes, "ram": 20 * EVEN.order_bytes}
+    assert_same_bytes(store, reference, ids)
+    given = chunks(EVEN, 6, 9)
+    ids += store.append(*given)
+    assert ids[20:] == reference.append(*given)
+    assert_same_bytes(store, reference, ids, 10)
+    settle(store)
+    assert store.traffic.stats().written_bytes == 6 * EVEN.chunk_bytes  # the saved ones are not written again
+    assert_same_bytes(store, reference, ids, 20)
+    assert saved.path.read_bytes()[4096:] == b"".join(saved.pieces)
+    for holder in (store, reference):
+        holder.release([ids[3], ids[21]])
+    assert store.append(*chunks(EVEN, 2, 11)) == [21, 26]  # not in a saved one's place
+    kept = [chunk for chunk in ids if chunk not in (3, 21)]
+    assert_same_bytes(store, reference, kept, 30)
+    store.release([*kept, 21, 26])
+    assert sum(store.held_bytes().values()) == store.allocated_bytes()["nvme"] == 0
+    assert store.append(*chunks(EVEN, 1)) == [0]
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 1 << 24])
+def test_a_saved_chunk_that_is_damaged_is_found_whenever_it_is_read(folder, cache_bytes):
+    saved = Saved(folder)
+    store, reference, ids = saved.open(cache_bytes)
+    raw = bytearray(saved.path.read_bytes())
+    raw[4096 + 7 * EVEN.chunk_bytes + 5000] ^= 1
+    saved.path.write_bytes(raw)
+    os.sync()
+    whole = torch.arange(16).expand(2, 16)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="piece 57 is damaged"):
+            store.read(ids[6:9])
+        with pytest.raises(ValueError, match="piece 57 is damaged"):
+            store.fetch(torch.full((2, 16), 7), whole)
+    for got, wanted in zip(store.read(ids[8:]), reference.read(ids[8:]), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_saved_file_that_hangs_meets_a_deadline(folder):
+    fault: list = []
+    store, reference, ids = Saved(folder).open(1 << 16, preadv=faulty(fault), deadline_seconds=0.3)
+    fault.append(1.0)
+    with pytest.raises(TimeoutError, match=r"reading from .*saved: nothing came for 0.3 seconds"):
+        store.fetch(*asked(EVEN, ids, 4, 1))
+    fault.clear()
+    assert_same_bytes(store, reference, ids)
+
+
+def test_only_an_empty_store_adopts(folder):
+    saved = Saved(folder)
+    store, _, ids = saved.open(1)
+    with pytest.raises(ValueError, match="a store that holds 20 chunks cannot adopt"):
+        store.adopt(store._files.saved, saved.order)
+    store.release(ids)
+    assert store.adopt(SavedChunks(open_scratch(), 0, 0, 4096, saved.check), None) == []
 
 
 # ---- faults --------------------------------------------------------------------------------------------
@@ -375,7 +533,7 @@ def test_a_chunk_that_is_replaced_while_its_write_ends_is_the_new_one():
     store = NvmeStore(EVEN, 1, pwritev=pwritev)
     store.append(*chunks(EVEN, 1))
     settle(store)
-    store._writer._blocks = Pausing()
+    store._files.writer._blocks = Pausing()
     ids = store.append(*chunks(EVEN, 1, 1))
     assert looked.wait(5)
     slow_from.set()
@@ -427,7 +585,7 @@ def test_where_direct_reads_are_refused_buffered_ones_serve(monkeypatch):
     ids = store.append(*given)
     reference.append(*given)
     settle(store)
-    assert not store._reader.file.direct
+    assert not store._files.reader.file.direct
     assert_same_bytes(store, reference, ids)
 
 
@@ -479,6 +637,50 @@ def test_files_and_threads_go_with_the_store():
         store.append(*chunks(EVEN, 4))
         del store
         assert resources() == before
+
+
+def test_a_file_that_hangs_does_not_stop_others():
+    free = threading.Event()
+
+    def hang(descriptor, buffers, offset):
+        free.wait(20)
+        return os.preadv(descriptor, buffers, offset)
+
+    store, other = NvmeStore(EVEN, 1, preadv=hang, deadline_seconds=0.5), NvmeStore(EVEN, 1)
+    ids = store.append(*chunks(EVEN, 40))
+    records, order = chunks(EVEN, 2, 1)
+    others = other.append(records, order)
+    settle(store)
+    settle(other)
+    try:
+        for _ in range(3):
+            with pytest.raises(TimeoutError, match="the device hangs"):
+                store.read(ids)
+        started = time.monotonic()
+        assert torch.equal(other.read(others)[0], records)
+        assert time.monotonic() - started < 0.4
+    finally:
+        free.set()
+
+
+def test_threads_are_as_many_as_jobs_at_once():
+    running, free = threading.Semaphore(0), threading.Event()
+    threads = Threads("hga-test", 3)
+    for _ in range(5):  # one after another: one thread
+        threads.submit(running.release)
+        assert running.acquire(timeout=5)
+        time.sleep(0.02)
+    assert len(threads._threads) == 1
+    for _ in range(6):
+        threads.submit(lambda: (running.release(), free.wait(5)))
+    for _ in range(3):
+        assert running.acquire(timeout=5)
+    assert not running.acquire(timeout=0.05)
+    assert len(threads._threads) == 3
+    free.set()
+    for _ in range(3):
+        assert running.acquire(timeout=5)
+    threads.end(5.0)
 
 
 def test_threads_end_after_what_has_begun_and_drop_the_rest():

@@ -23,6 +23,7 @@ from hga.cache.rope import inverse_frequencies, position_limit
 from hga.config import HGAConfig
 from hga.store import StoreStats
 from hga.store.host import check_host_room
+from hga.store.scratch import check_disk_room
 from hga.store.traffic import add_up
 
 if TYPE_CHECKING:
@@ -150,22 +151,28 @@ class HGACache(DynamicCache):
         self.routed[0].check_model(config.get_text_config(decoder=True))
 
     def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:
-        """Whether a prompt of `tokens` more can be read; rows and dtype (the K/V's) count before the first one.
+        """Whether `tokens` more can be read, a prompt's and those that will be generated after it.
 
-        ValueError if it ends beyond the model's positions; MemoryError if host memory cannot hold its archive
-        (store="ram"). Tokens that are generated later are checked as the archive grows.
+        rows and dtype (the K/V's) count before the first one. ValueError if they end beyond the model's positions;
+        MemoryError if host memory cannot hold their archive (store="ram"), OSError if the scratch folder's disk cannot
+        ("nvme", and "auto" beyond its RAM). Tokens that are not asked for here are checked as the archive grows.
         """
         layers = self.routed
         layers[0].check_room(tokens)
-        if self.hga_config.store == "ram":
+        if self.hga_config.store != "device":
             dtype = dtype or getattr(layers[0].shape.model_config, "dtype", None) or torch.get_default_dtype()
             wanted_bytes = sum(layer.growth_bytes(tokens, rows, dtype) for layer in layers)
-            check_host_room(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
+            check = check_host_room if self.hga_config.store == "ram" else check_disk_room
+            check(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
 
     def can_begin_token(self) -> bool:
-        """Whether kernels serve the next token in every layer of this cache, so that its step can be captured."""
+        """Whether kernels serve the next token in every layer of this cache."""
         routed = self.routed
         return len(routed) == len(self.layers) and all(layer.can_begin_token() for layer in routed)
+
+    def can_capture_token(self) -> bool:
+        """Whether the next token's step can be captured: no host reads a disk in the middle of it."""
+        return all(layer.can_capture_token() for layer in self.routed)
 
     def has_padding(self, padding: Any) -> bool:
         """Whether a mask (B, tokens so far + 1) pads the next token of some row. ValueError if it does not fit."""
@@ -234,18 +241,26 @@ class HGACache(DynamicCache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: Any, *, store: str | None = None, report: Report = _no_report
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        store: str | None = None,
+        ram_cache_bytes: int | None = None,
+        report: Report = _no_report,
     ) -> HGACache:
         """The cache that was saved at `path`, for the same model; `loaded_ids` are the ids of its tokens.
 
-        An archive in host memory is read, and checked, where a query opens it, and the file stays open. With `store`,
-        a tier of `HGAConfig.store` that takes the saved one's place, and in other tiers all is read and checked now.
+        The archive is read, and checked, where a query opens it, and the file stays open: in host memory once, with
+        store="nvme" or "auto" whenever it is not in the RAM cache. `store` is a tier of `HGAConfig.store` that takes
+        the saved one's place: with "ram" or "device" all is read and checked now. ram_cache_bytes: as in `HGAConfig`.
         Any number of processes may load one file, and one cache `fork` any number of times: nothing writes to it.
-        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read.
+        ValueError for a file that is damaged, of another model or format; OSError if it cannot be read, TimeoutError
+        if the disk hangs.
         """
         from hga.cache.saved import load_context
 
-        loaded: HGACache = load_context(cls, Path(path), model, store, report)
+        loaded: HGACache = load_context(cls, Path(path), model, store, ram_cache_bytes, report)
         return loaded
 
     def keep_common(self, prompt_ids: Sequence[int], held_ids: Sequence[int] | None = None) -> int:

@@ -15,8 +15,11 @@ from hga.config import HGAConfig
 from hga.ops.coding import Codes
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
 from hga.ops.precision import Rows
+from hga.store import Store
+from hga.store.host import HostBlock, allocate_host
 
 _COPIES_IN_FLIGHT = 64
+_BROUGHT_BYTES = 1 << 20
 
 
 @dataclass
@@ -30,6 +33,7 @@ class _Shared:
     copies: int = 0
     copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
     scratches: dict[tuple[int, int, int, int], Scratch] = field(default_factory=dict)
+    brought: HostBlock | None = None
 
 
 @dataclass
@@ -96,6 +100,15 @@ class Decoding:
             held = scratches[shape] = Scratch.allocate(config, *shape, chunks, device)
         return held
 
+    def room_for_groups(self, size_bytes: int, device: torch.device) -> HostBlock:
+        """Host memory for groups on their way to a device, page-locked for a GPU: of one layer at a time."""
+        shared = self._shared[device]
+        if shared.brought is None or shared.brought.bytes.numel() < size_bytes:
+            # A step that needs more than any before it is seldom the last to: double, and page-lock rarely.
+            room = max(_BROUGHT_BYTES, 1 << (size_bytes - 1).bit_length())
+            shared.brought = allocate_host(room, device if device.type == "cuda" else None)
+        return shared.brought
+
     def held_bytes(self) -> int:
         """Bytes of scratch beside the model."""
         return sum(scratch.held_bytes() for shared in self._shared.values() for scratch in shared.scratches.values())
@@ -129,6 +142,10 @@ class LayerDecoder:
         self._query_heads = query_heads
         self._layer: DecodeLayer | None = None
         self._known: list[tuple[int, list[int]]] = []
+        self._store: Store | None = None
+        self._by_address = True  # kernels read the store's chunks; else groups are brought
+        self._ids: list[Tensor] = []  # of the rows' chunks in the store, where they are brought
+        self._brought: Tensor | None = None  # their copy, where a GPU cannot read host memory
         self._stacked: list[Tensor] = []  # what the rows held when they were stacked
 
     def prepare(self, rows: list[Row], step: int) -> None:
@@ -139,14 +156,21 @@ class LayerDecoder:
             self._layer = self._stack(rows)
             self._stacked = [buffer for row in rows for buffer in _buffers(row)]
             self._known = [(row.archive.reopenings, []) for row in rows]
+            self._ids = [torch.empty(0, dtype=torch.int64)] * len(rows)
             self._decoding.generation += 1
+        self._store = rows[0].archive.store
+        if self._store.gpu_readable != self._by_address:
+            self._by_address = self._store.gpu_readable
+            self._known = [(reopenings, []) for reopenings, _ in self._known]  # chunks are to be found again
         for index, row in enumerate(rows):
             archive, (reopenings, chunks) = row.archive, self._known[index]
             if archive.reopenings != reopenings:
                 self._layer.slots.forget()
-            if archive.chunks is not chunks:
+            if self._by_address and archive.chunks is not chunks:
                 addresses = archive.addresses()
                 self._layer.addresses[index, : len(addresses)] = addresses.to(device, non_blocking=True)
+            elif archive.chunks is not chunks:
+                self._ids[index] = torch.tensor(archive.chunks, dtype=torch.int64)
             self._known[index] = (archive.reopenings, archive.chunks)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
@@ -155,9 +179,33 @@ class LayerDecoder:
 
         assert self._layer is not None
         counts = self._decoding.counts(query.device)
-        return attend_decode(
-            query, keys, values, self._layer, counts, self._config, scoring.scale, scoring.softcap, scoring.sinks
-        )
+        rule = (self._config, scoring.scale, scoring.softcap, scoring.sinks)
+        bring = None if self._by_address else self._bring
+        try:
+            return attend_decode(query, keys, values, self._layer, counts, *rule, bring)
+        except BaseException:
+            if bring is not None:  # the disk failed, or an interrupt came: nothing was copied to slots assigned before
+                self.forget()
+            raise
+
+    def _bring(self, counts: Tensor, groups: Tensor) -> Tensor:
+        """See `hga.ops.decode.Bring`: the groups of all rows and heads by one request to the store."""
+        assert self._layer is not None
+        assert self._store is not None
+        layout, device = self._store.layout, self._layer.addresses.device
+        problem, at = (torch.arange(groups.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
+        group, row = groups[problem, at].long(), problem // layout.kv_heads
+        ids = torch.empty_like(group)
+        for index, chunks in enumerate(self._ids):
+            own = row == index
+            ids[own] = chunks[group[own] // layout.groups]
+        block = self._decoding.room_for_groups(len(group) * layout.group_bytes, device)
+        raw = block.bytes[: len(group) * layout.group_bytes]
+        out = raw.view(layout.dtype).view(-1, *layout.shape[2:])
+        self._store.collect(ids, problem % layout.kv_heads, group % layout.groups, out)
+        if device.type == "cuda" and not block.gpu_readable:
+            raw = self._brought = raw.to(device)
+        return (raw.data_ptr() + (counts.cumsum(0) - counts) * layout.group_bytes).to(device, non_blocking=True)
 
     def forget(self) -> None:
         """Empty the cache of groups."""

@@ -17,7 +17,7 @@ from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.padding import leading_pads
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
-from hga.cache.stores import open_store
+from hga.cache.stores import growth_bytes, open_store
 from hga.config import HGAConfig
 from hga.ops.precision import Rows
 from hga.store import NvmeStore, RecordLayout, Store, Traffic
@@ -253,8 +253,11 @@ class HGALayer(CacheLayerMixin):
             self.is_initialized
             and kernels_serve(self.hga_config, self.dtype, self.device)
             and all(row.close_due() for row in self.rows)
-            and all(store.gpu_readable for store in self._stores)
         )
+
+    def can_capture_token(self) -> bool:
+        """Whether kernels find the whole archive by address; else the host brings groups in the middle of a step."""
+        return all(store.gpu_readable for store in self._stores)
 
     def begin_token(self, step: int) -> None:
         """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number.
@@ -353,7 +356,7 @@ class HGALayer(CacheLayerMixin):
     def growth_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> int:
         """Bytes that this layer's store will take for `tokens` more in each row, beyond what it has allocated.
 
-        rows and dtype speak for a layer that has not seen K/V yet.
+        Of a disk, where the archive is on one, else of memory. rows and dtype speak for a layer that has not seen K/V.
         """
         if self.is_initialized:
             dtype = self.dtype
@@ -361,9 +364,7 @@ class HGALayer(CacheLayerMixin):
         lengths = [row.length for row in self.rows] or [0] * rows
         closed = sum(archived_chunks(self.hga_config, length + tokens) for length in lengths)
         closing = closed - sum(row.chunks for row in self.rows)
-        wanted = closing * (layout.chunk_bytes + layout.order_bytes)
-        unused = sum(sum(s.allocated_bytes().values()) - sum(s.held_bytes().values()) for s in self._stores)
-        return max(0, wanted - unused)
+        return growth_bytes(self.hga_config, self.shape.routed_layers, self._stores, layout, closing)
 
     # ---- inside --------------------------------------------------------------------------------------
 

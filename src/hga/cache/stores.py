@@ -1,4 +1,4 @@
-"""Which store a config asks for."""
+"""Which store a config asks for, and what it will take."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def open_store(
         else:
             opened.append(MemoryStore(layout, torch.device("cpu") if config.store == "ram" else device, config.store))
     return opened[0]
+
+
+def growth_bytes(config: HGAConfig, layers: int, opened: list[Store], layout: RecordLayout, chunks: int) -> int:
+    """Bytes that the store of a layer's rows will take for so many chunks more, beyond what it has allocated.
+
+    Of a disk, where the archive is on one, else of memory.
+    """
+    if config.store in ("nvme", "auto"):
+        store = open_store(config, torch.device("cpu"), layers, [*opened], layout)
+        assert isinstance(store, NvmeStore)
+        return store.scratch_growth_bytes(chunks)
+    unused = sum(sum(store.allocated_bytes().values()) - sum(store.held_bytes().values()) for store in opened)
+    return max(0, chunks * (layout.chunk_bytes + layout.order_bytes) - unused)

@@ -32,6 +32,8 @@ from hga.models import SMOLLM2, check_positions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hga.config import HGAConfig
+
 
 def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt itself.")] = None,
@@ -70,7 +72,7 @@ def generate(
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
     config = routing(preset, budget, ram_cache_gb, store=store)
     if context is not None:
-        config = saved_routing(context, config, "--preset, --budget, --store and --ram-cache-gb")
+        config = saved_routing(context, config, "--preset and --budget")
         if chat:
             raise ValueError(f"--chat: whether {context} is a chat was decided when it was saved; leave --chat out")
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
@@ -81,10 +83,11 @@ def generate(
     if context is None:
         cache, ids, reused = hga.HGACache(config=loaded.config, hga_config=config), _encode(tokenizer, text, chat), 0
     else:
-        cache, ids, reused = _continue(context, loaded, tokenizer, text)
+        cache, ids, reused = _continue(context, loaded, tokenizer, text, config)
     load_seconds = time.perf_counter() - started
     ids = ids.to(loaded.device)
     check_positions(loaded.config, ids.shape[1] + max_new_tokens)
+    cache.check_room(ids.shape[1] - reused + max_new_tokens, dtype=loaded.dtype)
     started = time.perf_counter()
     with hga.enabled(loaded, config):
         read_prompt(loaded, ids, cache, reused, ids.shape[1] - 1)
@@ -133,14 +136,19 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Tensor:
     return torch.tensor([ids])
 
 
-def _continue(path: Path, model: Any, tokenizer: Any, text: str) -> tuple[Any, Tensor, int]:
-    """A saved context's cache, the whole prompt's ids (1, T), and how many of them the cache holds already."""
+def _continue(path: Path, model: Any, tokenizer: Any, text: str, config: HGAConfig) -> tuple[Any, Tensor, int]:
+    """A saved context's cache, the whole prompt's ids (1, T), and how many of them the cache holds already.
+
+    config: the context's own, in the store that is asked for.
+    """
     import torch
 
     import hga
     from hga.cache.saved import read_context
 
-    cache, saved = hga.HGACache.load(path, model), read_context(path)
+    saved = read_context(path)
+    store = None if config.store == saved.config.store else config.store
+    cache = hga.HGACache.load(path, model, store=store, ram_cache_bytes=config.ram_cache_bytes)
     held = list(cache.loaded_ids)
     ids = tokenizer(text, verbose=False).input_ids
     if hga.common_prefix(ids, held) < len(held) / 2:

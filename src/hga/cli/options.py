@@ -73,19 +73,21 @@ def routing(preset: str, budget: int | None, ram_cache_gb: float | None = None, 
 
 
 def saved_routing(context: Path, config: HGAConfig, options: str) -> HGAConfig:
-    """The rule by which a saved context was read, which is the one that goes on. ValueError where another is asked.
+    """The rule by which a saved context was read, which is the one that goes on, in the store that is asked for.
 
-    options: those that ask for it.
+    ValueError where another rule is asked. options: those that ask for it.
     """
     from hga.cache.saved import read_context
 
     saved = read_context(context)
-    if config not in (saved.config, HGAConfig()):
+    rule = config.replace(store=saved.config.store, ram_cache_bytes=None)
+    if rule not in (saved.config, HGAConfig(store=saved.config.store)):
         raise ValueError(
             f"{context} was read by another routing rule (budget_tokens={saved.config.budget_tokens}; see hga context "
-            f"info) or kept elsewhere; leave {options} out"
+            f"info); leave {options} out"
         )
-    return saved.config
+    store = saved.config.store if config.store == "ram" else config.store  # "ram" is asked for by default
+    return saved.config.replace(store=store, ram_cache_bytes=config.ram_cache_bytes)
 
 
 def split_names(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,12 @@ PENDING_BLOCK = 32
 
 CODED_BLOCK = 64
 """Coded groups that are scored at once."""
+
+Bring = Callable[[Tensor, Tensor], Tensor]
+"""Brings archive groups that no address leads to, such as those on a disk. Of counts (B Hkv,) and groups (B Hkv, n),
+both on the CPU: the first counts[p] of groups[p], counted from the archive's start, of each row and KV head. Returns
+int64 (B Hkv,), beside the model: where those of each lie, one [2, g, D] behind another, until the next call.
+"""
 
 _SELECTED_AT_ONCE = 1024
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
@@ -245,19 +252,21 @@ def attend_decode(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bring: Bring | None = None,
 ) -> Tensor:
     """Append one token's K/V (B, Hkv, 1, D) to `near` and attend its queries (B, Hq, 1, D): (B, Hq, 1, D).
 
     counts: int32 (B, 4): tokens in `near`, the new one included, closed chunks, a number that grows. softcap: of the
-    scores; sinks: learned logits (Hkv, R). Every chunk that may be closed is. Plain mean summaries only. This
-    reference reads records in host memory.
+    scores; sinks: learned logits (Hkv, R). bring: where groups come from, else from `layer.addresses`. Every chunk
+    that may be closed is. Plain mean summaries only. This reference reads records in host memory.
     """
     out = torch.empty_like(query)
     for row, (length, chunks) in enumerate(counts[:, :2].tolist()):
         layer.near_keys[row, :, length - 1] = keys[row, :, 0]
         layer.near_values[row, :, length - 1] = values[row, :, 0]
         grouped = query[row].unflatten(0, (keys.shape[1], -1))  # (Hkv, R, 1, D)
-        out[row] = _attend_row(grouped, layer, row, length, chunks, config, scale, softcap, sinks).flatten(0, 1)
+        attended = _attend_row(grouped, layer, row, length, chunks, config, scale, softcap, sinks, bring)
+        out[row] = attended.flatten(0, 1)
     return out
 
 
@@ -271,6 +280,7 @@ def _attend_row(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    bring: Bring | None,
 ) -> Tensor:
     size, sink, work = config.group_size, config.sink_tokens, compute_dtype(query.dtype)
     query = query.to(work) * scale
@@ -304,7 +314,7 @@ def _attend_row(
     exact = torch.ones(*opened.shape[:2], 1, length, dtype=torch.bool, device=query.device)
     exact[..., span] = opened_near.repeat_interleave(size, -1)
     parts = [Part(score(query, near_keys, softcap).masked_fill(~exact, NEVER), near_values)]
-    archived_keys, archived_values = _read_archive(layer, row, chunks, heads, config, query)
+    archived_keys, archived_values = _read_archive(layer, row, chunks, heads, config, query, bring)
     logits = score(query, archived_keys, softcap).masked_fill(~opened_far.repeat_interleave(size, -1), NEVER)
     parts.append(Part(logits, archived_values))
     far = None
@@ -319,15 +329,31 @@ def _attend_row(
 
 
 def _read_archive(
-    layer: DecodeLayer, row: int, chunks: int, heads: int, config: HGAConfig, like: Tensor
+    layer: DecodeLayer,
+    row: int,
+    chunks: int,
+    heads: int,
+    config: HGAConfig,
+    like: Tensor,
+    bring: Bring | None,
 ) -> tuple[Tensor, Tensor]:
-    """K/V of a row's archive (Hkv, chunks C, D) in group order, from the addresses of its records."""
-    shape = (heads, config.chunk_size // config.group_size, 2, config.group_size, like.shape[-1])
+    """K/V of a row's archive (Hkv, chunks C, D) in group order, from the addresses of its records or of its groups."""
+    per_chunk, group = config.chunk_size // config.group_size, (2, config.group_size, like.shape[-1])
+    if bring is None:
+        each = [_read_at(a, (heads, per_chunk, *group), layer) for a in layer.addresses[row, :chunks].tolist()]
+        records = torch.stack(each, 1).flatten(1, 2)
+    else:
+        own, count = slice(row * heads, (row + 1) * heads), chunks * per_chunk
+        counts = torch.zeros(layer.addresses.shape[0] * heads, dtype=torch.int32)
+        counts[own] = count
+        found = bring(counts, torch.arange(count, dtype=torch.int32).expand(len(counts), -1))
+        records = torch.stack([_read_at(address, (count, *group), layer) for address in found[own].tolist()])
+    keys, values = records.to(like).unbind(2)  # (Hkv, chunks G, g, D) each
+    return keys.flatten(1, 2), values.flatten(1, 2)
+
+
+def _read_at(address: int, shape: tuple[int, ...], layer: DecodeLayer) -> Tensor:
+    """A copy of K/V that lie at an address of host memory."""
     dtype = layer.near_keys.dtype
-    size = math.prod(shape) * dtype.itemsize
-    records = []
-    for address in layer.addresses[row, :chunks].tolist():
-        held = bytearray((ctypes.c_char * size).from_address(address))
-        records.append(torch.frombuffer(held, dtype=dtype).view(shape))
-    keys, values = torch.stack(records, 1).to(like).unbind(3)  # (Hkv, chunks, G, g, D) each
-    return keys.flatten(1, 3), values.flatten(1, 3)
+    held = bytearray((ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address))
+    return torch.frombuffer(held, dtype=dtype).view(shape)

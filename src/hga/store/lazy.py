@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from hga.store.memory import MemoryStore
 from hga.store.record import RecordLayout
 
-ReadPieces = Callable[[int, memoryview], None]
-"""Fills a buffer with consecutive pieces, from a number on that counts chunk by chunk, head by head and piece by piece
-of a record, and checks them.
+ReadPieces = Callable[[Sequence[int], Sequence[memoryview]], None]
+"""Fills each buffer with consecutive pieces from its number on, which counts chunk by chunk, head by head and piece by
+piece of a record, and checks them. After an error the buffers are not used again: late reads may write to them.
 """
 
 _FILLED_BYTES = 16 << 20
+_RUN_BYTES = 1 << 20
 
 
 class LazyStore(MemoryStore):
@@ -60,12 +61,14 @@ class LazyStore(MemoryStore):
         """See `Store.fetch`."""
         if self._missing_count:
             ids, pieces = ids.cpu(), groups.cpu() // self._piece_groups
-            head = torch.arange(self.layout.kv_heads)[:, None].expand_as(ids)
-            saved = ids < len(self._missing)
-            asked = torch.zeros_like(self._missing)
-            asked[ids[saved], head[saved], pieces[saved]] = True
-            self._fill(asked & self._missing)
+            self._fill_pieces(ids, torch.arange(self.layout.kv_heads)[:, None].expand_as(ids), pieces)
         return super().fetch(ids, groups)
+
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """See `Store.collect`."""
+        if self._missing_count:
+            self._fill_pieces(ids, heads, groups // self._piece_groups)
+        super().collect(ids, heads, groups, out)
 
     def addresses(self, ids: list[int]) -> Tensor:
         """See `Store.addresses`."""
@@ -97,23 +100,31 @@ class LazyStore(MemoryStore):
             asked[[chunk for chunk in ids if chunk < len(asked)]] = True
             self._fill(asked & self._missing)
 
+    def _fill_pieces(self, ids: Tensor, heads: Tensor, pieces: Tensor) -> None:
+        """Read what is missing of single heads' pieces, all of one shape on the CPU."""
+        saved = ids < len(self._missing)
+        asked = torch.zeros_like(self._missing)
+        asked[ids[saved], heads[saved], pieces[saved]] = True
+        self._fill(asked & self._missing)
+
     def _fill(self, wanted: Tensor) -> None:
-        """Read pieces (n, Hkv, pieces of a record), neighbours by one call."""
-        piece_bytes = self._piece_groups * self.layout.group_bytes
-        at_once = max(1, _FILLED_BYTES // piece_bytes)
-        places: list[int] = wanted.view(-1).nonzero().flatten().tolist()
-        numbers: Any = self._segments[0].view(-1).view(torch.uint8).numpy() if places else b""
-        raw = memoryview(numbers)
-        start = 0
+        """Read pieces (n, Hkv, pieces of a record), neighbours as one run, many runs at once.
+
+        By way of other memory: what is in place was checked, and nothing writes to it late.
+        """
+        size = self._piece_groups * self.layout.group_bytes
+        places = wanted.view(-1).nonzero().flatten()
+        at_once, longest = max(1, _FILLED_BYTES // size), max(1, _RUN_BYTES // size)
         try:
-            while start < len(places):
-                count = 1
-                while count < at_once and places[start + count : start + count + 1] == [places[start] + count]:
-                    count += 1
-                first = places[start]
-                self._read(first, raw[first * piece_bytes : (first + count) * piece_bytes])
-                self._missing.view(-1)[first : first + count] = False
-                start += count
+            for part in places.split(at_once) if len(places) else ():
+                read = torch.empty(len(part), size, dtype=torch.uint8)
+                rows: Any = read.numpy()
+                starts = _starts(part.tolist(), longest)
+                ends = [*starts[1:], len(part)]
+                targets = [memoryview(rows[a:b]).cast("B") for a, b in zip(starts, ends, strict=True)]
+                self._read(part[starts].tolist(), targets)
+                self._segments[0].view(-1).view(torch.uint8).view(-1, size)[part] = read
+                self._missing.view(-1)[part] = False
         finally:
             self._count()
 
@@ -124,5 +135,14 @@ class LazyStore(MemoryStore):
             self._read = _read_nothing
 
 
-def _read_nothing(first: int, target: memoryview) -> None:
-    raise RuntimeError(f"piece {first} was read already")
+def _starts(places: list[int], longest: int) -> list[int]:
+    """Where runs of neighbours begin in ascending places."""
+    starts: list[int] = []
+    for index, place in enumerate(places):
+        if not index or place != places[index - 1] + 1 or index - starts[-1] == longest:
+            starts.append(index)
+    return starts
+
+
+def _read_nothing(firsts: Sequence[int], targets: Sequence[memoryview]) -> None:
+    raise RuntimeError(f"pieces {list(firsts)[:4]} were read already")

@@ -116,6 +116,18 @@ class MemoryStore:
                     done = run.stop
         return keys, values
 
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """See `Store.collect`."""
+        self._settle()
+        layout = self.layout
+        index = ((ids * layout.kv_heads + heads) * layout.groups + groups).to(self.device)
+        edges = torch.tensor(self._first_id[1:], device=self.device) * layout.kv_heads * layout.groups
+        within = torch.bucketize(index, edges, right=True)
+        for number, (segment, first_id) in enumerate(zip(self._segments, self._first_id, strict=True)):
+            here = (within == number).nonzero().flatten()
+            source = segment.view(-1, *layout.shape[2:])[index[here] - first_id * layout.kv_heads * layout.groups]
+            out[here.to(out.device)] = source.to(out.device)
+
     def addresses(self, ids: list[int]) -> Tensor:
         """See `Store.addresses`."""
         self.wait()

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hga.store.extents import fit_piece, runs
 from hga.store.host import allocate_host, check_host_room
-from hga.store.pieces import PieceCache
-from hga.store.reader import DEADLINE_SECONDS, PAGE_BYTES, OpenFile, Preadv, Reader
+from hga.store.piece_files import PieceFiles
+from hga.store.pieces import PieceCache, find_distinct, take_rows
+from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader
 from hga.store.record import RecordLayout, check_records
+from hga.store.saved import SavedChunks
 from hga.store.scratch import Pwritev, WriteBehind, open_scratch, reserve
+from hga.store.staging import STAGED_BYTES, borrow
 from hga.store.traffic import Traffic
-
-PIECE_BYTES = 4096
-"""Read and cached at once, at least: a page, the least that O_DIRECT reads. A routed group of 4 tokens is 2 KiB; larger
-pieces hold siblings that are rarely wanted together (benchmarks/NOTES.md has the figures).
-"""
 
 _FIRST_CHUNKS = 16
 _GROWTH = 4  # the file grows by a quarter
 _LARGEST_GROWTH_BYTES = 256 << 20
-_BLOCK_BYTES = 8 << 20  # written, or staged, at once
-_EXTENT_PIECES = 64  # most that one call reads of scattered pieces
-_EXTENT_BYTES = 128 << 10  # and of whole chunks, so that even a few of them keep all threads busy
 
 
 class NvmeStore:
     """A `Store` on a nameless scratch file, which every chunk is written to behind the caller's work.
 
     ram_cache_bytes bound the cache over it (at least one piece). With `spill` nothing is written until the archive
-    outgrows the cache: then all of it is, and from there on every chunk. Permutations stay in host memory.
+    outgrows the cache: then all of it is, and from there on every chunk. Permutations stay in host memory. The first
+    chunks may be those of a saved file, which are read there, checked each time, and never written.
 
     OSError on any call that meets a disk that is full, faulty or hangs; chunks that were kept stay readable where
     the disk can read them. One thread at a time may use a store.
@@ -61,23 +56,46 @@ class NvmeStore:
         self._spill = spill
         self._group_bytes = 2 * layout.group_size * layout.head_dim * layout.dtype.itemsize
         self._chunk_bytes = layout.kv_heads * layout.groups * self._group_bytes
-        self._piece_bytes = _piece_bytes(self._group_bytes, self._chunk_bytes)
-        self._pieces = -(-self._chunk_bytes // self._piece_bytes)  # of a chunk; the last may be padded
+        self._ram_cache_bytes = ram_cache_bytes
         self._abandoned: deque[int] = deque()
-        self._slots = max(1, ram_cache_bytes // self._piece_bytes)
-        check_host_room(self._slots * self._piece_bytes, "a layer's RAM cache of its archive (ram_cache_bytes)")
+        check_host_room(ram_cache_bytes, "a layer's RAM cache of its archive (ram_cache_bytes)")
         self._empty()
+
+    def _cut(self, piece_bytes: int, saved: SavedChunks | None = None) -> None:
+        """Read and cache pieces of this size, the first ones from a saved file."""
+        self._piece_bytes = piece_bytes
+        self._pieces = -(-self._chunk_bytes // piece_bytes)  # of a chunk; the last may be padded
+        self._slots = max(1, self._ram_cache_bytes // piece_bytes)
+        self._cache = PieceCache(self._slots, piece_bytes)
+        reader = None if saved is None else Reader(saved.file, self.traffic, **self._faults)
+        self._files = PieceFiles(piece_bytes, self._pieces, saved, reader)
 
     def _empty(self) -> None:
         """Hold nothing, and no resource but the cache's address space."""
         self._holders: dict[int, int] = {}
         self._free: list[int] = []  # descending
         self._capacity = 0
-        self._cache = PieceCache(self._slots, self._piece_bytes)
+        self._cut(fit_piece(self._group_bytes, self._chunk_bytes))
         self._order = torch.empty(0, self.layout.kv_heads, self.layout.tokens, dtype=torch.int16)
-        self._reader: Reader | None = None  # and the writer: once there is a file
-        self._writer: WriteBehind | None = None
         self._file_chunks = 0
+
+    def adopt(self, saved: SavedChunks, order: Tensor | None) -> list[int]:
+        """Be, from empty, a store of a saved file's chunks; returns their ids, each retained once.
+
+        order: their permutations (n, Hkv, C) int16. Nothing is read before it is asked for. What is appended goes to a
+        scratch file.
+        """
+        self.release([])
+        if self._holders:
+            raise ValueError(f"a store that holds {len(self._holders)} chunks cannot adopt a saved file's")
+        self._cut(saved.piece_bytes, saved)
+        self._capacity = saved.chunks
+        self._cache.grow(self._capacity * self._pieces)
+        if order is not None:
+            self._order = order.clone()
+        ids = list(range(saved.chunks))
+        self._holders = dict.fromkeys(ids, 1)
+        return ids
 
     # ---- the protocol --------------------------------------------------------------------------------
 
@@ -85,20 +103,21 @@ class NvmeStore:
         """See `Store.append`. OSError when the disk has no room, or an earlier write behind the caller failed."""
         self.release([])
         check_records(self.layout, records, order)
-        if self._writer is not None and self._writer.error is not None:
-            error = self._writer.error
+        writer = self._files.writer
+        if writer is not None and writer.error is not None:
+            error = writer.error
             raise OSError(error.errno, error.strerror)  # a kept one would keep the frames that it passes
         count = len(records)
         grown = self._capacity + max(0, count - len(self._free))
-        if self._writer is not None:
-            self._reserve(self._writer.file, grown)
-        elif not (self._spill and count * self._pieces <= self._cache.free):
+        if writer is not None:
+            self._reserve(writer.file, grown)
+        elif not self._stays_in_ram(count):
             self._open_file(grown)
         self._grow(grown)
         ids = self._free[len(self._free) - count :][::-1]
         data = records.detach().to("cpu").contiguous()
         try:
-            for first, run in _runs(ids, self._at_once):
+            for first, run in runs(ids, self._at_once):
                 self._keep(run, data[first : first + len(run)])
         except BaseException:  # a queue that does not move, or no memory: nothing is kept
             self._drop(ids)
@@ -122,34 +141,32 @@ class NvmeStore:
             self._held(chunk)
         if not ids:
             return
-        at_once = self._at_once
-        gpu = out.device if out.device.type == "cuda" else None
-        block = allocate_host(min(at_once, len(ids)) * self._stride, gpu)
-        staging = block.bytes.view(-1, self._stride)
-        for start in range(0, len(ids), at_once):
-            part = ids[start : start + at_once]
-            self._gather(part, staging.numpy())
-            rows = staging[: len(part), : self._chunk_bytes].contiguous()
-            out[start : start + len(part)].copy_(rows.view(self.layout.dtype).view(len(part), *self.layout.shape))
+        at_once = min(self._at_once, len(ids))
+        with borrow(at_once * self._stride, out.device if out.device.type == "cuda" else None) as block:
+            staging = block.bytes[: at_once * self._stride].view(-1, self._stride)
+            for start in range(0, len(ids), at_once):
+                part = ids[start : start + at_once]
+                self._gather(part, staging.numpy())
+                rows = staging[: len(part), : self._chunk_bytes].contiguous()
+                out[start : start + len(part)].copy_(rows.view(self.layout.dtype).view(len(part), *self.layout.shape))
 
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`. All heads are one batch, as long as the cache holds it."""
-        layout = self.layout
-        per_piece = self._piece_bytes // self._group_bytes
-        index: Any = groups.cpu().numpy() + np.arange(layout.kv_heads)[:, None] * layout.groups  # in the chunk
-        pieces = (ids.cpu().numpy() * self._pieces + index // per_piece).ravel()
-        rows = (index % per_piece).ravel()
+        layout, half = self.layout, self._group_bytes // 2
         shape = (*groups.shape, layout.group_size, layout.head_dim)
         keys, values = (torch.empty(shape, dtype=layout.dtype) for _ in range(2))
-        half = self._group_bytes // 2
         to_keys, to_values = (x.view(-1).view(torch.uint8).view(-1, half).numpy() for x in (keys, values))
-        for start in range(0, len(pieces), self._slots):
-            part = slice(start, start + self._slots)
-            slots = self._bring(pieces[part])
-            source = self._cache.memory[:, : per_piece * self._group_bytes].reshape(self._slots, -1, half)
-            to_keys[part] = source[slots, 2 * rows[part]]  # K and V of a group are neighbours
-            to_values[part] = source[slots, 2 * rows[part] + 1]
+        heads = torch.arange(layout.kv_heads)[:, None]
+        for part, held, slots, rows in self._parts(ids.cpu(), heads, groups.cpu()):
+            take_rows(held, slots, 2 * rows, to_keys[part])  # K and V of a group are neighbours
+            take_rows(held, slots, 2 * rows + 1, to_values[part])
         return keys, values
+
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """See `Store.collect`. One batch, as long as the cache holds it."""
+        target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
+        for part, held, slots, rows in self._parts(ids, heads, groups):
+            take_rows(held, slots, rows, target[part])
 
     def addresses(self, ids: list[int]) -> NoReturn:
         """TypeError: records on a file have no address; kernels ask `gpu_readable` first."""
@@ -174,12 +191,12 @@ class NvmeStore:
             self._holders[self._held(chunk)] -= 1
             if not self._holders[chunk]:
                 del self._holders[chunk]
-                self._free.append(chunk)
+                if chunk >= self._files.first_own:  # a saved file's place cannot be written to
+                    self._free.append(chunk)
                 self._drop([chunk])
         self._free.sort(reverse=True)
         if not self._holders and self._capacity:
-            if self._writer is not None:
-                self._writer.cancel()
+            self._files.cancel()
             self._empty()
 
     def abandon(self, ids: list[int]) -> None:
@@ -191,19 +208,27 @@ class NvmeStore:
         self.release([])
         held = len(self._holders)
         order_bytes = held * self.layout.order_bytes
-        if self._writer is None:
+        if self._files.writer is None and self._files.saved is None:
             return {"ram": held * self._chunk_bytes + order_bytes}
         return {"nvme": held * self._chunk_bytes, "ram": order_bytes}
 
     def allocated_bytes(self) -> dict[str, int]:
-        """See `Store.allocated_bytes`: the file; the cache, permutations and what waits to be written."""
+        """See `Store.allocated_bytes`: the files; the cache, permutations and what waits to be written."""
         ram = self._cache.held_bytes + self._order.nbytes + self.traffic.queued_bytes
-        return {"nvme": self._file_chunks * self._stride, "ram": ram}
+        return {"nvme": (self._files.first_own + self._file_chunks) * self._stride, "ram": ram}
+
+    def scratch_growth_bytes(self, chunks: int) -> int:
+        """Bytes that the scratch file will take for so many chunks more, beyond what it has reserved."""
+        self.release([])
+        if self._files.writer is None and self._stays_in_ram(chunks):
+            return 0
+        wanted = self._capacity - self._files.first_own + max(0, chunks - len(self._free))
+        return max(0, wanted - self._file_chunks) * self._stride
 
     def __del__(self) -> None:
-        writer: WriteBehind | None = getattr(self, "_writer", None)  # an error in __init__ leaves none
-        if writer is not None:
-            writer.cancel()
+        files: PieceFiles | None = getattr(self, "_files", None)  # an error in __init__ leaves none
+        if files is not None:
+            files.cancel()
 
     # ---- keeping -------------------------------------------------------------------------------------
 
@@ -215,7 +240,11 @@ class NvmeStore:
     @property
     def _at_once(self) -> int:
         """Chunks that are written or staged at once."""
-        return max(1, _BLOCK_BYTES // self._stride)
+        return max(1, STAGED_BYTES // self._stride)
+
+    def _stays_in_ram(self, chunks: int) -> bool:
+        """Whether so many chunks more, without a file yet, need none: reading saved chunks would push them out."""
+        return self._spill and self._files.saved is None and chunks * self._pieces <= self._cache.free
 
     def _grow(self, chunks: int) -> None:
         """Make ids below `chunks` known; what can run out of memory comes first."""
@@ -236,20 +265,22 @@ class NvmeStore:
         self._reserve(file, chunks)
         writer = WriteBehind(file, self.traffic, pwritev=self._pwritev)
         try:
-            for _, run in _runs(sorted(self._holders), self._at_once):
+            own = sorted(chunk for chunk in self._holders if chunk >= self._files.first_own)
+            for _, run in runs(own, self._at_once):
                 block = allocate_host(len(run) * self._stride)
                 rows: Any = block.bytes.view(-1, self._piece_bytes).numpy()
                 self._cache.memory.take(self._cache.find(self._pieces_of(run).ravel()), 0, rows, "clip")
-                writer.put(run, block, run[0] * self._stride)
+                writer.put(run, block, self._files.place(run[0]))
         except BaseException:  # the cache still holds everything
             writer.cancel()
             self._file_chunks = 0
             raise
-        self._writer, self._reader = writer, Reader(file, self.traffic, **self._faults)
+        self._files.writer, self._files.reader = writer, Reader(file, self.traffic, **self._faults)
 
     def _reserve(self, file: OpenFile, chunks: int) -> None:
-        """Reserve room on the disk for chunks, with some to spare where there is more."""
+        """Reserve room on the disk for ids below `chunks`, with some to spare where there is more."""
         held, stride = self._file_chunks, self._stride
+        chunks -= self._files.first_own
         if chunks <= held:
             return
         spare = min(max(_FIRST_CHUNKS, held // _GROWTH), max(1, _LARGEST_GROWTH_BYTES // stride))
@@ -273,79 +304,89 @@ class NvmeStore:
         slots = self._cache.take(len(pieces))
         self._cache.memory[slots] = padded.reshape(-1, self._piece_bytes)[: len(pieces)]
         self._cache.put(pieces, slots)
-        if self._writer is not None:
-            self._writer.put(ids, block, ids[0] * self._stride)
+        if self._files.writer is not None:
+            self._files.writer.put(ids, block, self._files.place(ids[0]))
 
     def _drop(self, ids: list[int]) -> None:
         """Forget what RAM holds of chunks."""
         self._cache.forget(self._pieces_of(ids).ravel())
-        if self._writer is not None:
-            for chunk in ids:
-                self._writer.forget(chunk)
+        for chunk in ids:
+            self._files.forget(chunk)
 
     # ---- bringing ------------------------------------------------------------------------------------
 
-    def _bring(self, pieces: Any) -> Any:
-        """Slots of pieces (n,), no more than there are slots, those not cached read into it."""
-        slots = self._cache.find(pieces)
-        hit = slots >= 0
-        self._cache.begin(slots[hit])
-        hits = int(hit.sum())
-        self.traffic.add_look_ups(hits, len(pieces) - hits)
-        if hits < len(pieces):
-            missing = np.unique(pieces[~hit])
-            taken = self._cache.take(len(missing))
-            try:
-                self._load(missing, taken)
-            except BaseException as error:
-                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                    self._cache.give_back(taken)
-                else:  # also after an interrupt, late reads may still write into the old one
-                    self._cache = self._fresh_cache()
-                raise
-            self._cache.put(missing, taken)
-            slots = self._cache.find(pieces)
-        return slots
+    def _parts(self, ids: Tensor, heads: Tensor, groups: Tensor) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """Bring groups, indices that broadcast, in parts of bounded size.
 
-    def _load(self, pieces: Any, slots: Any) -> None:
-        """Fill slots with ascending pieces: neighbours in the file come by one read."""
-        if self._writer is not None and self._writer.busy:
-            on_file = np.ones(len(pieces), bool)
-            for index, (piece, buffer) in enumerate(zip(pieces.tolist(), self._cache.buffers(slots), strict=True)):
-                if (waiting := self._waiting(piece // self._pieces)) is not None:
-                    start = piece % self._pieces * self._piece_bytes
-                    buffer[:] = memoryview(waiting)[start : start + self._piece_bytes]
-                    on_file[index] = False
-            pieces, slots = pieces[on_file], slots[on_file]
-        begins = np.flatnonzero((np.diff(pieces, prepend=-2) != 1) | (pieces % _EXTENT_PIECES == 0))
-        edges = [*begins.tolist(), len(pieces)]
-        buffers = self._cache.buffers(slots)
-        self._read((pieces[begins] * self._piece_bytes).tolist(), [buffers[a:b] for a, b in pairwise(edges)])
+        Yields a part of them, pieces (n, bytes), which of these and which row in it each group is. They hold until
+        the next part.
+        """
+        per_piece = self._piece_bytes // self._group_bytes
+        index: Any = (heads * self.layout.groups + groups).numpy()  # in the chunk
+        wanted, rows = (ids.numpy() * self._pieces + index // per_piece).ravel(), (index % per_piece).ravel()
+        at_once = max(self._slots, STAGED_BYTES // self._piece_bytes)
+        for start in range(0, len(wanted), at_once):
+            part = slice(start, start + at_once)
+            found = self._cache.find(wanted[part])
+            hit = found >= 0
+            self._cache.begin(found[hit])
+            hits = int(hit.sum())
+            self.traffic.add_look_ups(hits, len(hit) - hits)
+            if hits == len(hit):
+                yield part, self._cache.memory, found, rows[part]
+                continue
+            pieces, place = find_distinct(wanted[part], self._capacity * self._pieces)
+            slots = self._cache.find(pieces)
+            if len(pieces) <= self._slots:
+                self._bring(pieces, slots)
+                yield part, self._cache.memory, slots[place], rows[part]
+            else:
+                with borrow(len(pieces) * self._piece_bytes) as block:
+                    staged: Any = block.bytes.numpy()[: len(pieces) * self._piece_bytes].reshape(len(pieces), -1)
+                    self._stage_pieces(pieces, slots, staged)
+                    yield part, staged, place, rows[part]
+
+    def _bring(self, pieces: Any, slots: Any) -> None:
+        """Read ascending pieces that have no slot into some, and note them in `slots`."""
+        missing = slots < 0
+        if not missing.any():
+            return
+        taken = self._cache.take(int(missing.sum()))
+        try:
+            self._files.load(pieces[missing], self._cache.raw, taken)
+        except BaseException as error:
+            if isinstance(error, OSError | ValueError) and not isinstance(error, TimeoutError):
+                self._cache.give_back(taken)
+            else:  # also after an interrupt, late reads may still write into the old one
+                self._cache = self._fresh_cache()
+            raise
+        self._cache.put(pieces[missing], taken)
+        slots[missing] = taken
+
+    def _stage_pieces(self, pieces: Any, slots: Any, staged: Any) -> None:
+        """Copy ascending pieces, more than the cache holds, to rows (n, bytes); some of those read stay in the cache.
+
+        As many as have room beside what this batch found there, of all of it alike: a scan then leaves what is used
+        again and again where it is.
+        """
+        hit = slots >= 0
+        staged[hit] = self._cache.memory[slots[hit]]
+        missing = np.flatnonzero(~hit)
+        self._files.load(pieces[missing], memoryview(staged).cast("B"), missing)
+        room = min(len(missing), self._slots - int(hit.sum()))
+        kept = missing[np.arange(room) * len(missing) // max(1, room)]
+        taken = self._cache.take(room)
+        self._cache.memory[taken] = staged[kept]
+        self._cache.put(pieces[kept], taken)
 
     def _gather(self, ids: list[int], rows: Any) -> None:
-        """Copy whole chunks to rows (n, stride) of page-aligned memory: from the cache, the queue or the file."""
+        """Copy whole chunks to rows (n, stride) of page-aligned memory: from the cache, the queue or a file."""
         slots = self._cache.find(self._pieces_of(ids))
-        offsets, targets = [], []
-        for index, chunk in enumerate(ids):
-            if (slots[index] >= 0).all():
-                rows[index].reshape(self._pieces, -1)[:] = self._cache.memory[slots[index]]
-            elif (waiting := self._waiting(chunk)) is not None:
-                rows[index] = waiting
-            else:
-                raw = memoryview(rows[index])
-                for start in range(0, self._stride, _EXTENT_BYTES):
-                    offsets.append(chunk * self._stride + start)
-                    targets.append([raw[start : start + _EXTENT_BYTES]])
-        self._read(offsets, targets)
-
-    def _waiting(self, chunk: int) -> Any:
-        """The bytes (stride,) of a chunk that is not in the file yet; else None."""
-        return None if self._writer is None else self._writer.find(chunk)
-
-    def _read(self, offsets: list[int], targets: list[list[memoryview]]) -> None:
-        if offsets:
-            assert self._reader is not None
-            self._reader.read(offsets, targets)
+        cached = (slots >= 0).all(1)
+        for index in np.flatnonzero(cached).tolist():
+            rows[index].reshape(self._pieces, -1)[:] = self._cache.memory[slots[index]]
+        others = np.flatnonzero(~cached).tolist()
+        self._files.load_chunks([ids[index] for index in others], [rows[index] for index in others])
 
     def _fresh_cache(self) -> PieceCache:
         cache = PieceCache(self._slots, self._piece_bytes)
@@ -360,19 +401,3 @@ class NvmeStore:
         if chunk not in self._holders:
             raise KeyError(f"chunk {chunk} is not held by this store; it was released or never appended")
         return chunk
-
-
-def _piece_bytes(group_bytes: int, chunk_bytes: int) -> int:
-    """Bytes of a piece: whole groups and whole pages, near PIECE_BYTES, at most a chunk."""
-    least = math.lcm(group_bytes, PAGE_BYTES)
-    whole = -(-chunk_bytes // PAGE_BYTES) * PAGE_BYTES
-    return min(max(1, PIECE_BYTES // least) * least, whole)
-
-
-def _runs(ids: list[int], longest: int) -> Iterator[tuple[int, list[int]]]:
-    """Cut a list of chunks into runs of neighbours, each with the index of its first."""
-    start = 0
-    for index in range(1, len(ids) + 1):
-        if index == len(ids) or ids[index] != ids[index - 1] + 1 or index - start == longest:
-            yield start, ids[start:index]
-            start = index

@@ -21,7 +21,7 @@ class PieceCache:
         self.piece_bytes = piece_bytes
         self._block = allocate_host(slots * piece_bytes)
         self.memory: Any = self._block.bytes.view(slots, piece_bytes).numpy()
-        self._raw: memoryview = self.memory.data.cast("B")
+        self.raw: memoryview = self.memory.data.cast("B")
         self._slot_of: Any = np.empty(0, np.int32)  # by piece
         self._piece_of: Any = np.full(slots, _NOTHING, np.int64)
         self._used: Any = np.zeros(slots, np.int64)  # number of the last batch that used a slot
@@ -86,11 +86,6 @@ class PieceCache:
         tables = (self._slot_of, self._piece_of, self._used)
         return self._fresh * self.piece_bytes + sum(int(table.nbytes) for table in tables)
 
-    def buffers(self, slots: Any) -> list[memoryview]:
-        """The memory of slots."""
-        raw, size = self._raw, self.piece_bytes
-        return [raw[start : start + size] for start in (slots * size).tolist()]
-
     def _choose(self, count: int) -> Any:
         """The longest unused of the slots behind the hand; none that the batch uses."""
         sampled = min(self.slots, _SAMPLE * count)
@@ -105,3 +100,22 @@ class PieceCache:
 
     def _usable(self, slots: Any) -> Any:
         return (self._used[slots] < self._batch) & (self._piece_of[slots] != _NOTHING)
+
+
+def find_distinct(numbers: Any, limit: int) -> tuple[Any, Any]:
+    """Distinct numbers below a limit, ascending, and which of them each is. Marks are quicker than sorting."""
+    seen, place = np.zeros(limit, bool), np.empty(limit, np.int32)
+    seen[numbers] = True
+    distinct = np.flatnonzero(seen)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[numbers]
+
+
+def take_rows(pieces: Any, piece: Any, row: Any, out: Any) -> None:
+    """Copy rows of pieces (n, bytes), cut into rows as wide as those of `out`, to it."""
+    width, row_bytes = pieces.shape[1], out.shape[1]
+    per_piece, padding = divmod(width, row_bytes)
+    if padding:
+        out[:] = pieces[:, : per_piece * row_bytes].reshape(len(pieces), -1, row_bytes)[piece, row]
+    else:
+        pieces.reshape(-1, row_bytes).take(piece * per_piece + row, 0, out, "clip")

@@ -20,6 +20,9 @@ from hga.store.traffic import Traffic
 PAGE_BYTES = 4096
 """What offsets, lengths and buffers of O_DIRECT are multiples of."""
 THREADS = 32
+"""That read for one caller at once."""
+MOST_THREADS = 256
+"""That read for all: more than one caller needs, so that those which a hung device holds do not stop other files."""
 DEADLINE_SECONDS = 60.0
 """I/O that makes no progress for this long is given up."""
 _END_SECONDS = 5.0  # that a process which ends waits for I/O under way
@@ -73,7 +76,7 @@ class Reader:
         self.traffic = traffic
         self.deadline_seconds = deadline_seconds
         self._preadv = preadv
-        self._threads = shared_threads("hga-read", THREADS)
+        self._threads = shared_threads("hga-read", MOST_THREADS)
 
     def read(self, offsets: Sequence[int], targets: Sequence[Sequence[memoryview]]) -> None:
         """Fill targets[i], consecutive buffers, from offsets[i] on. With O_DIRECT all are multiples of a page.
@@ -110,7 +113,7 @@ class Reader:
                 raise OSError(
                     errno.EIO,
                     f"reading {wanted} bytes at offset {offset} of {self.file.name}: only {done + got} came, the "
-                    "file is shorter than it was",
+                    "file is shorter than it was (it was cut off)",
                 )
             done = reached
         return wanted
@@ -182,19 +185,28 @@ def _behind(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
 
 
 class Threads:
-    """Threads that run what is submitted, until the last reference to this object is gone."""
+    """At most `count` threads that run what is submitted, until the last reference to this object is gone.
+
+    One is started whenever none is idle: jobs that hang delay others only when all threads hang.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True) for _ in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-        weakref.finalize(self, _stop, self._jobs, count)
+        self._name, self._count = name, count
+        self._threads: list[threading.Thread] = []
+        self._idle = _Idle()
+        weakref.finalize(self, _stop, self._jobs, self._threads)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job, which must not raise, in some thread."""
+        with self._idle.lock:
+            # Below 0 where jobs wait: the threads that take them do not become idle.
+            started = self._idle.count <= 0 and len(self._threads) < self._count
+            self._idle.count -= not started
+            if started:
+                arguments = (self._jobs, self._idle)
+                self._threads.append(threading.Thread(target=_serve, args=arguments, name=self._name, daemon=True))
+                self._threads[-1].start()
         self._jobs.put(job)
 
     def end(self, deadline_seconds: float) -> None:
@@ -202,7 +214,7 @@ class Threads:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._jobs.get_nowait()
-        _stop(self._jobs, len(self._threads))
+        _stop(self._jobs, self._threads)
         until = time.monotonic() + deadline_seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -227,12 +239,21 @@ def _end_all() -> None:
         threads.end(_END_SECONDS)
 
 
-def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+class _Idle:
+    """How many threads are idle, less the jobs that none has taken yet."""
+
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
+
+
+def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None], idle: _Idle) -> None:
     while (job := jobs.get()) is not None:
         job()
         del job  # what it holds must not wait for the next one
+        with idle.lock:
+            idle.count += 1
 
 
-def _stop(jobs: queue.SimpleQueue[Callable[[], None] | None], count: int) -> None:
-    for _ in range(count):
+def _stop(jobs: queue.SimpleQueue[Callable[[], None] | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
         jobs.put(None)

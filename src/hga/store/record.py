@@ -107,6 +107,13 @@ class Store(Protocol):
         """
         ...
 
+    def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
+        """Copy groups of single heads, indices (n,) on the CPU in any order, to `out` (n, 2, g, D) in host memory.
+
+        For kernels that cannot read every chunk by its address. All are one batch.
+        """
+        ...
+
     def addresses(self, ids: list[int]) -> Tensor:
         """Where each chunk's record [Hkv, G, 2, g, D] starts: int64 (N,) on the CPU, in bytes.
 

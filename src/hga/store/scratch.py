@@ -24,12 +24,30 @@ QUEUED_BYTES = 64 << 20
 Pwritev = Callable[[int, Sequence[memoryview], int], int]
 
 
-def open_scratch() -> OpenFile:
-    """A nameless file in the folder that HGA_SCRATCH names, else in the system's for temporary files.
+def scratch_folder() -> str:
+    """The folder that HGA_SCRATCH names, else the system's for temporary files."""
+    return os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir()
 
-    OSError if the folder cannot be written to.
-    """
-    folder = os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir()
+
+def check_disk_room(wanted_bytes: int, purpose: str) -> None:
+    """OSError (ENOSPC) if the scratch folder's file system has no room for `wanted_bytes` more for `purpose`."""
+    folder = scratch_folder()
+    try:
+        system = os.statvfs(folder)
+    except (OSError, AttributeError):  # whoever opens the file there will say what is wrong
+        return
+    free_bytes = system.f_bavail * system.f_frsize
+    if wanted_bytes > free_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{purpose} needs {wanted_bytes:,} bytes in the scratch folder {folder}, whose disk has {free_bytes:,} "
+            f"left. Give a shorter prompt, free the disk, or set {SCRATCH_VARIABLE} to a folder on another one",
+        )
+
+
+def open_scratch() -> OpenFile:
+    """A nameless file in the scratch folder. OSError if that cannot be written to."""
+    folder = scratch_folder()
     name = f"a scratch file in {folder}"
     try:
         descriptor = _open_nameless(folder)

@@ -26,7 +26,7 @@ from hga.cache.saved.file import (
 from hga.cache.saved.layers import SavedLayer, named
 from hga.config import HGAConfig
 from hga.store import RecordLayout
-from hga.store.reader import PAGE_BYTES
+from hga.store.reader import PAGE_BYTES, Reader
 
 FORMAT = "hga-context"
 VERSION = 1
@@ -83,39 +83,35 @@ def describe_context(
     return _assemble(path, ids.numel(), hash_ids(ids), config, model, suffix, tuple(layers))
 
 
-def open_context(path: Path) -> tuple[int, SavedContext, Tensor]:
-    """A descriptor of a saved context, what it is, and its checked table of checksums, int64.
+def open_context(path: Path) -> tuple[Reader, SavedContext, Tensor]:
+    """What reads a saved context, what it is, and its checked table of checksums, int64.
 
     Only the header and the table are read. ValueError, with what is wrong, for a file that is no saved context, of a
-    newer format, damaged or cut off.
+    newer format, damaged or cut off; TimeoutError for a disk that hangs.
     """
-    descriptor = open_to_read(path)
-    try:
-        header, metadata = read_header(descriptor, path)
-        context = _parse(path, metadata)
-        found = os.fstat(descriptor).st_size
-        if context.file.size_bytes != found:
-            raise ValueError(
-                f"{path} has {found:,} bytes and should have {context.file.size_bytes:,}: it was cut off or damaged"
-            )
-        if context.file.header != header:
-            raise ValueError(f"{path} is damaged: its header does not follow from its metadata")
-        table = torch.empty(context.file.specs["checksums"].shape, dtype=torch.int64)
-        read_into(descriptor, raw_bytes(table), context.file.offsets["checksums"], path)
-        if seal(context, table) != int(table[0]):
-            raise ValueError(f"{path} is damaged: the checksum of its header and table of checksums is wrong")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, context, table
+    reader = open_to_read(path)
+    header, metadata = read_header(reader)
+    context = _parse(path, metadata)
+    found = os.fstat(reader.file.descriptor).st_size
+    if context.file.size_bytes != found:
+        raise ValueError(
+            f"{path} has {found:,} bytes and should have {context.file.size_bytes:,}: it was cut off or damaged"
+        )
+    if context.file.header != header:
+        raise ValueError(f"{path} is damaged: its header does not follow from its metadata")
+    table = torch.empty(context.file.specs["checksums"].shape, dtype=torch.int64)
+    read_into(reader, raw_bytes(table), context.file.offsets["checksums"])
+    if seal(context, table) != int(table[0]):
+        raise ValueError(f"{path} is damaged: the checksum of its header and table of checksums is wrong")
+    return reader, context, table
 
 
-def read_eager(descriptor: int, context: SavedContext, table: Tensor) -> Iterator[Tensor]:
+def read_eager(reader: Reader, context: SavedContext, table: Tensor) -> Iterator[Tensor]:
     """The tensors of `context.eager`, each checked. ValueError for a wrong checksum."""
     for index, spec in enumerate(context.eager):
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         raw = raw_bytes(tensor)
-        read_into(descriptor, raw, context.file.offsets[spec.name], context.path)
+        read_into(reader, raw, context.file.offsets[spec.name])
         if checksum(raw) != int(table[1 + index]):
             raise ValueError(f"{context.path} is damaged: the checksum of {spec.name} is wrong")
         yield tensor

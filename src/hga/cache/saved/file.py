@@ -19,7 +19,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hga.store.reader import PAGE_BYTES
+from hga.store.reader import PAGE_BYTES, OpenFile, Reader
+from hga.store.traffic import Traffic
 
 Buffer = bytes | memoryview
 
@@ -39,6 +40,7 @@ DTYPES = {
 """safetensors' names of the types that a context holds."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_EXTENT_BYTES = 1 << 20  # read at once: a slow disk moves that much well within the deadline
 _PARTIAL = ".hga-partial"
 _LENGTH_BYTES = 8
 _TRIES = 16
@@ -92,14 +94,14 @@ def lay_out(metadata: Mapping[str, str], specs: Sequence[Spec]) -> FileLayout:
     )
 
 
-def read_header(descriptor: int, path: Path) -> tuple[bytes, dict[str, str]]:
+def read_header(reader: Reader) -> tuple[bytes, dict[str, str]]:
     """A file's header as it is, and its metadata. ValueError if it is no safetensors header of ours."""
-    size_bytes = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, _LENGTH_BYTES, 0)
+    path, size_bytes = reader.file.name, os.fstat(reader.file.descriptor).st_size
+    head = _read_bytes(reader, 0, min(_LENGTH_BYTES, size_bytes))
     length = int.from_bytes(head, "little")
     if len(head) < _LENGTH_BYTES or length > min(size_bytes - _LENGTH_BYTES, LARGEST_HEADER_BYTES):
         raise ValueError(f"{path} is no saved context: its {size_bytes:,} bytes do not begin with a header")
-    text = os.pread(descriptor, length, _LENGTH_BYTES)
+    text = _read_bytes(reader, _LENGTH_BYTES, length)
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
@@ -110,8 +112,8 @@ def read_header(descriptor: int, path: Path) -> tuple[bytes, dict[str, str]]:
     return head + text, metadata
 
 
-def open_to_read(path: Path) -> int:
-    """A descriptor of a regular file. OSError that says what else is at `path`."""
+def open_to_read(path: Path) -> Reader:
+    """What reads a regular file, under a deadline; closed with its last user. OSError that says what else is there."""
     try:
         # A named pipe would make an ordinary open wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -122,17 +124,19 @@ def open_to_read(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is no saved context: it is {'a folder' if path.is_dir() else 'not a regular file'}")
-    return descriptor
+    return Reader(OpenFile(descriptor, str(path)), Traffic())
 
 
-def read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
-    """Fill `target` from `offset` on. OSError if the file ends before."""
-    done = 0
-    while done < len(target):
-        got = os.preadv(descriptor, [target[done:]], offset + done)
-        if not got:
-            raise OSError(f"{path} ends at byte {offset + done:,}, before its {offset + len(target):,}: it was cut off")
-        done += got
+def read_into(reader: Reader, target: memoryview, offset: int) -> None:
+    """Fill `target` from `offset` on. OSError if the file ends before; after a TimeoutError drop the target."""
+    starts = range(0, len(target), _EXTENT_BYTES)
+    reader.read([offset + start for start in starts], [[target[start : start + _EXTENT_BYTES]] for start in starts])
+
+
+def _read_bytes(reader: Reader, offset: int, count: int) -> bytes:
+    read = bytearray(count)
+    read_into(reader, memoryview(read), offset)
+    return bytes(read)
 
 
 def checksum(*parts: Buffer) -> int:

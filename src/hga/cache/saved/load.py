@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from hga.cache.saved.file import checksum, raw_bytes, read_into
 from hga.cache.saved.fingerprint import check_same_model, model_fingerprint
 from hga.cache.saved.layers import SavedLayer, Tensors, restore_dense
 from hga.ops.precision import Rows
-from hga.store import LazyStore
+from hga.store import LazyStore, NvmeStore, SavedChunks
+from hga.store.reader import PAGE_BYTES, Reader
 
 _READ_BYTES = 16 << 20
 
@@ -32,24 +31,34 @@ _READ_BYTES = 16 << 20
 class SavedRecords:
     """The records of one layer in an open file, in pieces numbered chunk by chunk, head by head, group by group."""
 
-    def __init__(self, opened: _OpenFile, context: SavedContext, index: int, checksums: Tensor) -> None:
+    def __init__(self, reader: Reader, context: SavedContext, index: int, checksums: Tensor) -> None:
         layout = context.layers[index].records
         assert layout is not None
         self.layout = layout
         self.chunks = context.layers[index].chunks
-        self._file = opened
+        self._reader = reader
         self._place = f"{context.path}, layer {index}"
         self._start = context.file.offsets[f"layers.{index}.records"]
         self._checksums = checksums
         self.piece_groups = piece_groups(layout)
+        self._piece_bytes = self.piece_groups * layout.group_bytes
 
-    def read(self, first: int, target: memoryview) -> None:
-        """Fill `target` with whole pieces from number `first` on. ValueError for a wrong checksum."""
-        size = self.piece_groups * self.layout.group_bytes
-        read_into(self._file.descriptor, target, self._start + first * size, self._file.path)
-        expected: list[int] = self._checksums[first : first + len(target) // size].tolist()
+    def read(self, firsts: Sequence[int], targets: Sequence[memoryview]) -> None:
+        """Fill each target with whole pieces from its number on, all at once. ValueError for a wrong checksum.
+
+        OSError if the file cannot be read; after a TimeoutError drop the targets.
+        """
+        offsets = [self._start + first * self._piece_bytes for first in firsts]
+        self._reader.read(offsets, [[target] for target in targets])
+        for first, target in zip(firsts, targets, strict=True):
+            self.check(first, target)
+
+    def check(self, first: int, raw: memoryview) -> None:
+        """ValueError if whole pieces from number `first` on are not what was saved."""
+        size = self._piece_bytes
+        expected: list[int] = self._checksums[first : first + len(raw) // size].tolist()
         for index, right in enumerate(expected):
-            if checksum(target[index * size : (index + 1) * size]) != right:
+            if checksum(raw[index * size : (index + 1) * size]) != right:
                 record = (first + index) * self.piece_groups // self.layout.groups
                 chunk, head = divmod(record, self.layout.kv_heads)
                 raise ValueError(
@@ -63,63 +72,57 @@ class SavedRecords:
         for first in range(0, self.chunks, at_once):
             count = min(at_once, self.chunks - first)
             records = torch.empty((count, *self.layout.shape), dtype=self.layout.dtype)
-            self.read(first * self.layout.kv_heads * self.layout.groups // self.piece_groups, raw_bytes(records))
+            raw = raw_bytes(records)
+            read_into(self._reader, raw, self._start + first * self.layout.chunk_bytes)
+            self.check(first * self.layout.chunk_bytes // self._piece_bytes, raw)
             yield first, records
 
-
-class _OpenFile:
-    """A file that is closed when nobody reads it any more."""
-
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self.descriptor = descriptor
-        self.path = path
-        self.close = weakref.finalize(self, os.close, descriptor)
+    def as_chunks(self) -> SavedChunks | None:
+        """The records as a store on a disk reads them straight from the file; None if pieces are no whole pages."""
+        if self._piece_bytes % PAGE_BYTES:
+            return None
+        return SavedChunks(self._reader.file, self._start, self.chunks, self._piece_bytes, self.check)
 
 
 def read_context(path: Path) -> SavedContext:
     """What a saved context is, from its header alone. Errors as `open_context`."""
-    descriptor, context, _ = open_context(path)
-    os.close(descriptor)
-    return context
+    return open_context(path)[1]
 
 
 def verify_context(path: Path, report: Report) -> SavedContext:
     """Read a whole file and check every checksum. ValueError that names the first thing that is damaged."""
-    descriptor, context, table = open_context(path)
-    opened = _OpenFile(descriptor, path)
-    try:
-        done = len(context.file.header) + len(raw_bytes(table))
-        for tensor in read_eager(descriptor, context, table):
-            done += len(raw_bytes(tensor))
-            report(done, context.size_bytes)
-        for index, checksums in record_checksums(context, table).items():
-            for _, records in SavedRecords(opened, context, index, checksums).read_chunks():
-                done += len(raw_bytes(records))
-                report(done, context.size_bytes)
-        for name, spec in context.file.specs.items():
-            if name.endswith(".padding"):
-                padding = memoryview(bytearray(spec.size_bytes))
-                read_into(descriptor, padding, context.file.offsets[name], path)
-                done += len(padding)
-                if any(padding):
-                    raise ValueError(f"{path} is damaged: {name} is not empty")
+    reader, context, table = open_context(path)
+    done = len(context.file.header) + len(raw_bytes(table))
+    for tensor in read_eager(reader, context, table):
+        done += len(raw_bytes(tensor))
         report(done, context.size_bytes)
-    finally:
-        opened.close()
+    for index, checksums in record_checksums(context, table).items():
+        for _, records in SavedRecords(reader, context, index, checksums).read_chunks():
+            done += len(raw_bytes(records))
+            report(done, context.size_bytes)
+    for name, spec in context.file.specs.items():
+        if name.endswith(".padding"):
+            padding = memoryview(bytearray(spec.size_bytes))
+            read_into(reader, padding, context.file.offsets[name])
+            done += len(padding)
+            if any(padding):
+                raise ValueError(f"{path} is damaged: {name} is not empty")
+    report(done, context.size_bytes)
     return context
 
 
-def load_context(kind: type[Any], path: Path, model: Any, store: str | None, report: Report) -> Any:
+def load_context(
+    kind: type[Any], path: Path, model: Any, store: str | None, ram_cache_bytes: int | None, report: Report
+) -> Any:
     """The cache of a saved context, of class `kind`; see `HGACache.load`."""
-    descriptor, context, table = open_context(path)
-    opened = _OpenFile(descriptor, path)
+    reader, context, table = open_context(path)
     check_same_model(context.model, model_fingerprint(model), str(path))
-    config = context.config if store is None else context.config.replace(store=store, ram_cache_bytes=None)
+    config = context.config.replace(store=store or context.config.store, ram_cache_bytes=ram_cache_bytes)
     cache = kind(config=model.config, hga_config=config)
     if len(cache.layers) != len(context.layers):
         raise ValueError(f"{path} holds {len(context.layers)} layers, the model has {len(cache.layers)}")
     names = (spec.name for spec in context.eager)
-    tensors = dict(zip(names, read_eager(descriptor, context, table), strict=True))
+    tensors = dict(zip(names, read_eager(reader, context, table), strict=True))
     checksums = record_checksums(context, table)
     done = context.size_bytes - context.record_bytes
     for index, (layer, saved) in enumerate(zip(cache.layers, context.layers, strict=True)):
@@ -137,7 +140,7 @@ def load_context(kind: type[Any], path: Path, model: Any, store: str | None, rep
         keys, values, chunks = own["near_keys"], own["near_values"], list[int]()
         layer.lazy_initialization(keys[None], values[None])
         if saved.chunks:
-            records = SavedRecords(opened, context, index, checksums[index])
+            records = SavedRecords(reader, context, index, checksums[index])
             chunks = _fill_store(layer, records, order, device, whole=store is not None)
             done += saved.chunks * records.layout.chunk_bytes
         layer.restore(keys, values, chunks, _summaries(own))
@@ -149,7 +152,10 @@ def load_context(kind: type[Any], path: Path, model: Any, store: str | None, rep
 def _fill_store(
     layer: HGALayer, records: SavedRecords, order: Tensor | None, device: torch.device, whole: bool
 ) -> list[int]:
-    """Give a layer a store that holds its chunks; returns their ids. Only host memory is filled lazily."""
+    """Give a layer a store that holds its chunks; returns their ids.
+
+    Host memory is filled lazily; a disk's store reads them where they are, if it can.
+    """
     ids: list[int] = []
     if layer.hga_config.store == "ram":
         lazy = LazyStore(records.layout, records.chunks, order, records.piece_groups, records.read, device)
@@ -157,8 +163,12 @@ def _fill_store(
         ids += range(records.chunks)
         if whole:
             lazy.fill(ids)
+        return ids
+    store = layer.open_store(records.layout)
+    saved = records.as_chunks() if isinstance(store, NvmeStore) else None
+    if isinstance(store, NvmeStore) and saved is not None:
+        ids += store.adopt(saved, order)
     else:
-        store = layer.open_store(records.layout)
         for first, part in records.read_chunks():
             own_order = None if order is None else order[first : first + len(part)].to(device)
             ids += store.append(part.to(device), own_order)

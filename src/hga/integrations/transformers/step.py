@@ -87,6 +87,7 @@ class Stepper:
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._generation = -1
+        self._told = False  # that a step cannot be captured because of its store
 
     def step(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor | None) -> Any:
         """Read one token a row (B, 1); returns what `forward(input_ids=..., position_ids=...)` does."""
@@ -95,9 +96,12 @@ class Stepper:
             position_ids = torch.full((rows, 1), cache.get_seq_length(), device=input_ids.device)
         position_ids = position_ids.expand(rows, 1)
         with cache.begin_token():
-            moved = cache.decoding.generation != self._generation
-            if moved or (self._graph is not None and not self._graph.serves()):
+            moved, apart = cache.decoding.generation != self._generation, not cache.can_capture_token()
+            if moved or apart or (self._graph is not None and not self._graph.serves()):
                 self._graph, self._eager_steps, self._generation = None, 0, cache.decoding.generation
+            if apart and not self._told:
+                self._told = True
+                _log.info("decoding without a CUDA graph: the host brings a part of the archive in each step")
             if self._graph is None and self._capturable and self._eager_steps >= _EAGER_STEPS:
                 self._graph = self._capture(forward, input_ids, position_ids)
             if self._graph is not None:

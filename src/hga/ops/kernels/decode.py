@@ -1,4 +1,7 @@
-"""One decode step of one layer in a dozen kernels: no host synchronisation, no allocation but its output."""
+"""One decode step of one layer in a dozen kernels: no host synchronisation, no allocation but its output.
+
+Where missing groups have to be brought (`Bring`), the host waits once, for the list of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,16 @@ from torch import Tensor
 
 from hga.config import HGAConfig
 from hga.ops.coding import NUMBERS_PER_BYTE, Codes
-from hga.ops.decode import CACHED_SPLITS, CODED_BLOCK, NEAR_SPLITS, PENDING_BLOCK, Choice, DecodeLayer, padded_width
+from hga.ops.decode import (
+    CACHED_SPLITS,
+    CODED_BLOCK,
+    NEAR_SPLITS,
+    PENDING_BLOCK,
+    Bring,
+    Choice,
+    DecodeLayer,
+    padded_width,
+)
 from hga.ops.kernels.code_scores import score_codes_kernel
 from hga.ops.kernels.partial_attention import (
     attend_cached_kernel,
@@ -90,6 +102,7 @@ def attend_decode(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bring: Bring | None = None,
 ) -> Tensor:
     """See `hga.ops.decode.attend_decode`; float16, bfloat16 or float32, contiguous K/V and queries."""
     query, new = query.contiguous(), (keys.contiguous(), values.contiguous())
@@ -116,7 +129,8 @@ def attend_decode(
         _attend_near(step, query, groups, scale, cap)
         if listed is not None:
             _attend_listed_far(step, groups, listed)
-    _fetch(step, groups, groups if listed is None else listed)
+    _assign(step, groups, groups if listed is None else listed)
+    _fetch(step, bring)
     _attend_cached(step, query, groups, scale, cap)
     join_far()
     join_near()
@@ -305,9 +319,9 @@ def _choose(step: _Step, choice: Choice, units: int, first: int, listed: Choice 
     )
 
 
-def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
-    """Give every chosen group a slot and copy the missing ones from the store."""
-    slots, layer, config = step.layer.slots, step.layer, step.config
+def _assign(step: _Step, groups: Choice, listed: Choice) -> None:
+    """Give every chosen group a slot and list the missing ones."""
+    slots, layer = step.layer.slots, step.layer
     count = slots.owner.shape[1]
     assign_kernel[(step.problems,)](
         groups.chosen,
@@ -336,21 +350,33 @@ def _fetch(step: _Step, groups: Choice, listed: Choice) -> None:
         FIRST=step.first,
         num_warps=8,
     )
+
+
+def _fetch(step: _Step, bring: Bring | None) -> None:
+    """Copy missing groups from the store to their slots."""
+    slots, layer, config = step.layer.slots, step.layer, step.config
+    addresses = layer.addresses
+    if bring is not None:
+        missing = slots.missing_counts.cpu()
+        if not missing.any():
+            return
+        addresses = bring(missing, slots.missing_groups.cpu())
     words = 2 * config.group_size * step.width * layer.near_keys.element_size() // 8
     fetch_kernel[(step.problems, _FETCH_PROGRAMS)](
         slots.missing_groups,
         slots.missing_slots,
         slots.missing_counts,
-        layer.addresses,
+        addresses,
         layer.addresses.shape[1],
         slots.records.view(torch.int64),
-        count,
+        slots.owner.shape[1],
         step.kv_heads,
         config.chunk_size // config.group_size,
         WORDS=words,
         WORDS_B=triton.next_power_of_2(words),
         BLOCK=4,
         PROGRAMS=_FETCH_PROGRAMS,
+        BROUGHT=bring is not None,
     )
 
 

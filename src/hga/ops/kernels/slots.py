@@ -146,8 +146,12 @@ def fetch_kernel(
     WORDS_B: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    BROUGHT: tl.constexpr,
 ):
-    """Copy missing groups, WORDS int64 each, from the store (host memory read over the bus) to their slots."""
+    """Copy missing groups, WORDS int64 each, from the store (host memory read over the bus) to their slots.
+
+    addresses: of each row's chunks; if BROUGHT, of each problem's missing groups, which lie one behind another.
+    """
     problem = tl.program_id(0)
     row, head = problem // kv_heads, problem % kv_heads
     count = tl.load(missing_counts + problem)
@@ -157,9 +161,14 @@ def fetch_kernel(
         inside = at < count
         group = tl.load(missing_groups + problem * slots + at, mask=inside, other=0)
         slot = tl.load(missing_slots + problem * slots + at, mask=inside, other=0)
-        record = tl.load(addresses + row * addresses_stride + group // groups_per_chunk, mask=inside, other=0)
-        offset = (head * groups_per_chunk + group % groups_per_chunk).to(tl.int64) * WORDS
-        source = tl.multiple_of(record.to(tl.pointer_type(tl.int64)), 16)
+        if BROUGHT:
+            record = tl.load(addresses + problem + tl.zeros_like(at), mask=inside, other=0)
+            offset = at.to(tl.int64) * WORDS
+            source = record.to(tl.pointer_type(tl.int64))
+        else:
+            record = tl.load(addresses + row * addresses_stride + group // groups_per_chunk, mask=inside, other=0)
+            offset = (head * groups_per_chunk + group % groups_per_chunk).to(tl.int64) * WORDS
+            source = tl.multiple_of(record.to(tl.pointer_type(tl.int64)), 16)
         mask = inside[:, None] & (w < WORDS)[None, :]
         words = tl.load(source[:, None] + offset[:, None] + w[None, :], mask=mask, other=0)
         target = (problem.to(tl.int64) * slots + slot) * WORDS
