@@ -140,6 +140,11 @@ class HGACache(DynamicCache):
                     held[tier] = held.get(tier, 0) + count
         return held
 
+    def shares_store(self, other: HGACache) -> bool:
+        """Whether a layer of both keeps its archive in one store, as those of forks do."""
+        own = {layer.store_identity() for layer in self.routed}
+        return any(layer.store_identity() in own for layer in other.routed)
+
     def reset_counters(self) -> None:
         """Start the averages of attended and fetched tokens again."""
         for layer in self.routed:

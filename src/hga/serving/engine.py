@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hga.cache import CacheStats, HGACache, common_prefix
 from hga.config import HGAConfig
 from hga.serving.answer import Answer, Request, usable
 from hga.serving.contexts import Contexts
 from hga.serving.metrics import Metrics
+from hga.store.host import is_out_of_memory, return_freed_memory
 
 logger = logging.getLogger("hga.serving")
 
@@ -164,15 +163,28 @@ class Engine:
                 self._start(job)
             else:
                 self._advance(job, job.answer)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
-            _release(job)
-            self._contexts.shrink(0)
-            self._end(job, Failed("there is not enough memory for this request now; try again or send less", 503))
-        except Exception:
-            logger.exception("a request failed")
-            _release(job)
-            self._end(job, Failed("the answer failed; the server's log says why"))
+        except Exception as error:
+            if is_out_of_memory(error):
+                logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
+                failure = Failed("there is not enough memory for this request now; try again or send less", 503)
+                self._recover(job, self._contexts.shrink_by_half, failure)
+            else:
+                logger.exception("a request failed")
+                # Records that cannot be read, as those of a saved file that was damaged, raise one of these.
+                distrusted = job.answer.cache if job.answer and isinstance(error, ValueError | OSError) else None
+                failure = Failed("the answer failed; the server's log says why")
+                self._recover(job, lambda: distrusted is not None and self._contexts.distrust(distrusted), failure)
+
+    def _recover(self, job: Job, change: Callable[[], bool], failure: Failed) -> None:
+        """Make what may help the next try, and begin a job anew if it does and nobody has seen a token of it yet."""
+        answer, helps = job.answer, change()
+        if answer is not None:
+            answer.cache.reset()  # now: layers that were cut off in a forward know each other in a circle
+        return_freed_memory()
+        if helps and (answer is None or not answer.written):
+            job.answer = None
+        else:
+            self._end(job, failure)
 
     def _start(self, job: Job) -> None:
         """Give a job a cache of what was read before, unless somebody is just reading what it needs."""
@@ -227,7 +239,8 @@ class Engine:
         self._metrics.prompt_tokens.inc(len(job.request.prompt_ids))
         self._metrics.cached_tokens.inc(answer.cached_tokens)
         self._metrics.new_tokens.inc(len(answer.written))
-        self._contexts.add(job.owner, answer.ids[: answer.fed_tokens], answer.cache)
+        # A twin: what decoding needs (a captured graph, slots and scratch on a GPU) goes with the answer.
+        self._contexts.add(job.owner, answer.ids[: answer.fed_tokens], answer.cache.fork())
         self._end(job, done)
 
     def _by_place(self, held_bytes: dict[str, int]) -> dict[str, int]:
@@ -246,9 +259,3 @@ class Engine:
             self._metrics.under_way.set(len(self._jobs))
         self._metrics.kept(len(self._contexts), self._by_place(self._contexts.held_bytes()), self._contexts.evictions)
         job.report(event)
-
-
-def _release(job: Job) -> None:
-    """Give a failed answer's memory back now: layers that were cut off in a forward know each other in a circle."""
-    if job.answer is not None:
-        job.answer.cache.reset()
