@@ -103,11 +103,14 @@ class Contexts:
             self._live.pop(0)
             self.evictions += 1
 
-    def shrink_by_half(self) -> bool:
-        """Forget half of the bytes, the least recently used first, for who has not enough. False if nothing is left."""
-        before = len(self._live)
-        self.shrink(sum(self.held_bytes().values()) // 2)
-        return len(self._live) < before
+    def make_room(self, missing_bytes: int | None) -> bool:
+        """Forget the least recently used for who lacks bytes: so many, or half. False if it cannot help."""
+        held = sum(self.held_bytes().values())
+        missing = -(-held // 2) if missing_bytes is None else missing_bytes
+        if not held or missing > held:
+            return False
+        self.shrink(held - missing)
+        return True
 
     def distrust(self, cache: HGACache) -> bool:
         """Forget contexts that share a store with a cache that cannot be read, and their files. False if none does."""

@@ -18,7 +18,7 @@ from hga.config import HGAConfig
 from hga.serving.answer import Answer, Request, usable
 from hga.serving.contexts import Contexts
 from hga.serving.metrics import Metrics
-from hga.store.host import is_out_of_memory, return_freed_memory
+from hga.store.host import HostRoomError, is_out_of_memory, return_freed_memory
 
 logger = logging.getLogger("hga.serving")
 
@@ -80,6 +80,7 @@ class Job:
     accepted: float = field(default_factory=time.perf_counter)
     answer: Answer | None = None
     cancelled: bool = False
+    begun_anew: bool = False
 
 
 class Engine:
@@ -167,22 +168,25 @@ class Engine:
             if is_out_of_memory(error):
                 logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
                 failure = Failed("there is not enough memory for this request now; try again or send less", 503)
-                self._recover(job, self._contexts.shrink_by_half, failure)
             else:
                 logger.exception("a request failed")
-                # Records that cannot be read, as those of a saved file that was damaged, raise one of these.
-                distrusted = job.answer.cache if job.answer and isinstance(error, ValueError | OSError) else None
                 failure = Failed("the answer failed; the server's log says why")
-                self._recover(job, lambda: distrusted is not None and self._contexts.distrust(distrusted), failure)
+            self._recover(job, error, failure)
 
-    def _recover(self, job: Job, change: Callable[[], bool], failure: Failed) -> None:
-        """Make what may help the next try, and begin a job anew if it does and nobody has seen a token of it yet."""
-        answer, helps = job.answer, change()
+    def _recover(self, job: Job, error: Exception, failure: Failed) -> None:
+        """Begin a job anew, once, if what can be forgotten may help and nobody has seen a token of it; else end it."""
+        answer, helps = job.answer, False
+        if job.begun_anew:
+            pass
+        elif is_out_of_memory(error):
+            helps = self._contexts.make_room(error.missing_bytes if isinstance(error, HostRoomError) else None)
+        elif answer is not None and isinstance(error, ValueError | OSError):  # as of a saved file that was damaged
+            helps = self._contexts.distrust(answer.cache)
         if answer is not None:
             answer.cache.reset()  # now: layers that were cut off in a forward know each other in a circle
         return_freed_memory()
         if helps and (answer is None or not answer.written):
-            job.answer = None
+            job.answer, job.begun_anew = None, True
         else:
             self._end(job, failure)
 
