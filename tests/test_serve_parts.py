@@ -111,12 +111,21 @@ def test_contexts_start_empty() -> None:
 
 
 def test_soak_of_mixed_requests() -> None:
-    from serve_soak import CLIENTS, soak
+    from serve_soak import CLIENTS, find_faults, soak
 
     model, tokenizer = model_and_tokenizer()
     with serving(model, tokenizer, SMALL, max_requests=3 * CLIENTS, limit_bytes=4 << 20) as server:
         told = soak(server, 200, "A document on which several clients ask. " * 12)
-    assert told["under_way"] == 0
-    assert all(told["add_up"].values()), told
-    assert told["rss_end_bytes"] - told["rss_middle_bytes"] < 24 << 20, told
-    assert told["files_end"] <= told["files_middle"] + 2, told
+    assert not find_faults(told), told
+
+
+def test_a_soak_finds_what_grows() -> None:
+    from serve_soak import GROWTH_BYTES, find_faults
+
+    sound = {"add_up": {"400": True}, "under_way": 0, "files": [9, 9], "contexts_bytes": [0, 0], "rss_bytes": [1, 1]}
+    assert not find_faults(sound)
+    assert "grown by" in find_faults(sound | {"rss_bytes": [1, 2 + GROWTH_BYTES]})[0]
+    assert not find_faults(sound | {"rss_bytes": [1, 2 + GROWTH_BYTES], "contexts_bytes": [0, 1]})
+    assert "do not add up" in find_faults(sound | {"add_up": {"400": False}})[0]
+    assert "stuck" in find_faults(sound | {"under_way": 1})[0]
+    assert "3 files more" in find_faults(sound | {"files": [9, 12]})[0]

@@ -318,6 +318,10 @@ class HGALayer(CacheLayerMixin):
         """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
 
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes by tier that the archive takes, what it keeps free for later chunks included."""
+        return self._stores[0].allocated_bytes() if self._stores else {}
+
     def store_traffic(self) -> Traffic | None:
         """What an archive on NVMe has read and written; None for other tiers, and before the first closed chunk."""
         return next((store.traffic for store in self._stores if isinstance(store, NvmeStore)), None)

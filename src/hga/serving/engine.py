@@ -24,6 +24,10 @@ logger = logging.getLogger("hga.serving")
 
 WORTH_WAITING_TOKENS = 64
 """A prompt waits for another's reading if that spares it more tokens than this."""
+IDLE_SECONDS = 1.0
+"""Freed memory goes back to the system after so long without a request, so that nobody waits for that."""
+BUSY_SECONDS = 60.0
+"""And so often where requests never cease."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +146,21 @@ class Engine:
     # ---- the engine's thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        untidy_since: float | None = None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
+                patience = None if untidy_since is None else IDLE_SECONDS
+                self._changed.wait_for(lambda: self._jobs or self._closed, patience)
                 jobs = list(self._jobs)
                 if self._closed:
                     break
-            for job in jobs:
-                self._turn(job)
-            del jobs, job  # the last job's cache is not kept until the next one comes
+            if untidy_since is not None and (not jobs or time.monotonic() > untidy_since + BUSY_SECONDS):
+                return_freed_memory()
+                untidy_since = None
+            if jobs and untidy_since is None:
+                untidy_since = time.monotonic()
+            while jobs:
+                self._turn(jobs.pop(0))  # not held any longer: the last one's cache must not wait for the next job
         for job in jobs:
             self._end(job, Failed("the server is shutting down", 503))
 
