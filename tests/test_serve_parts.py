@@ -1,5 +1,6 @@
 """Parts of the server one by one, the command that starts it, and a soak of mixed requests."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +105,22 @@ def test_command_says_what_is_not_installed(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 2
     assert "pip install 'hga[serve]'" in capsys.readouterr().err
+
+
+def test_transformers_own_chat_client(tmp_path: Path) -> None:
+    command = shutil.which("transformers", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("this transformers has no command of its own")
+    with serving(*model_and_tokenizer(), SMALL) as server:
+        talk = [command, "chat", "served", server.url, "max_new_tokens=9", "do_sample=False"]
+        lines = "hello\nn\n!exit\n"  # n: nothing more of an answer that has reached its limit
+        done = subprocess.run(talk, input=lines, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "<served>" in done.stdout
+        metrics = server.metrics()
+    assert metrics['hga_requests_total{path="/load_model",status="200"}'] == 1
+    assert metrics['hga_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert metrics["hga_new_tokens_total"] == 9
 
 
 def test_contexts_start_empty() -> None:
