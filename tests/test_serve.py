@@ -327,9 +327,8 @@ def test_a_failed_forward_leaves_no_memory_to_the_collector(server: Running, mon
             raise MemoryError("in the middle of a forward")
         return attend(row, *arguments)
 
-    monkeypatch.setattr(Row, "attend", fail)
     complete(server, "something to forget " * 9)
-    rows.clear()
+    monkeypatch.setattr(Row, "attend", fail)
     assert complete(server, [7] * 1500).status_code == 200  # begun anew, with half of what was kept forgotten
     server.wait_until_idle()
     assert len(rows) > 8
