@@ -5,8 +5,8 @@
 Six clients send chats and completions, whole and streamed, questions on shared documents, streams that are closed after
 a few tokens, connections cut while the prompt is read, malformed JSON, unsupported fields, prompts that are too long,
 unknown models. A row says memory, kept contexts and open files after each part of the requests, and whether the
-counters add up. It fails if something does not, is stuck, or has grown since the middle: the first requests of each
-kind, and contexts up to their limit, take memory once.
+counters add up. It fails if something does not, is stuck, or still grows in the last quarter: the first requests of
+each kind, and contexts up to their limit, take memory once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections import Counter
@@ -37,8 +38,8 @@ CLIENTS = 6
 KINDS = ("complete", "complete", "stream", "chat", "document", "close", "cut", "json", "field", "long", "model")
 
 
-GROWTH_BYTES = 24 << 20
-"""Memory that the second half may take more: noise of the allocators, a fiftieth of what the process holds."""
+GROWTH_BYTES = 16 << 20
+"""Memory that a quarter of the requests may take more: noise of the allocators, a hundredth of the process."""
 
 
 def soak(server: Running, requests: int, document: str, looks: int = 4) -> dict[str, Any]:
@@ -88,17 +89,22 @@ def soak(server: Running, requests: int, document: str, looks: int = 4) -> dict[
     }
 
 
+def rise(looks: list[int]) -> float:
+    """How much higher the last quarter of an even number of looks is than the one before."""
+    quarter = max(1, len(looks) // 4)
+    return statistics.mean(looks[-quarter:]) - statistics.mean(looks[-2 * quarter : -quarter])
+
+
 def find_faults(told: dict[str, Any]) -> list[str]:
     """What is wrong with a report of `soak`."""
     faults = [f"the counters of {name} do not add up" for name, right in told["add_up"].items() if not right]
     if told["under_way"]:
         faults.append(f"{told['under_way']} requests are stuck")
-    middle = len(told["files"]) // 2 - 1
-    grown = {name: told[name][-1] - told[name][middle] for name in ("rss_bytes", "contexts_bytes", "files")}
-    if (own := grown["rss_bytes"] - grown["contexts_bytes"]) > GROWTH_BYTES:
-        faults.append(f"memory beside contexts has grown by {own:,} bytes since the middle")
-    if grown["files"] > 2:
-        faults.append(f"{grown['files']} files more are open than in the middle")
+    own = [rss - kept for rss, kept in zip(told["rss_bytes"], told["contexts_bytes"], strict=True)]
+    if (grown := rise(own)) > GROWTH_BYTES:
+        faults.append(f"memory beside contexts still grows, by {grown:,.0f} bytes in the last quarter")
+    if (opened := rise(told["files"])) > 2:
+        faults.append(f"{opened:,.0f} files more are open than a quarter before")
     return faults
 
 
