@@ -1,10 +1,12 @@
-"""Two hundred mixed requests to the server, cancelled and malformed ones among them: what grows, what sticks.
+"""Hundreds of mixed requests to the server, cancelled and malformed ones among them: what grows, what sticks.
 
-    python benchmarks/serve_soak.py --requests 200 --model smollm2-135m
+    python benchmarks/serve_soak.py --requests 800 --looks 8 --model smollm2-135m
 
 Six clients send chats and completions, whole and streamed, questions on shared documents, streams that are closed after
 a few tokens, connections cut while the prompt is read, malformed JSON, unsupported fields, prompts that are too long,
-unknown models. A row says the memory and the open files in the middle and at the end, and whether the counters add up.
+unknown models. A row says memory, kept contexts and open files after each part of the requests, and whether the
+counters add up. It fails if something does not, is stuck, or still grows in the last quarter: the first requests of
+each kind, and contexts up to their limit, take memory once.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import http.client
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections import Counter
@@ -29,26 +32,34 @@ from server import Running, serving
 
 import hga
 from hga.models import load_model
+from hga.serving.engine import IDLE_SECONDS
 
 CLIENTS = 6
 KINDS = ("complete", "complete", "stream", "chat", "document", "close", "cut", "json", "field", "long", "model")
 
 
-def soak(server: Running, requests: int, document: str) -> dict[str, Any]:
-    """Send the requests and report. The server must be idle and nobody else's."""
+GROWTH_BYTES = 16 << 20
+"""Memory that a quarter of the requests may take more: noise of the allocators, a hundredth of the process."""
+
+
+def soak(server: Running, requests: int, document: str, looks: int = 4) -> dict[str, Any]:
+    """Send the requests and report. The server must be idle and nobody else's; looks: an even number."""
     draws = random.Random(0)
     plan = [(draws.choice(KINDS), draws.randrange(1_000_000)) for _ in range(requests)]
     plan[: len(KINDS)] = [(kind, 1) for kind in KINDS]  # each at least once before the middle
-    before, tallies, held = server.metrics(), Counter[str](), []
-    for half in (plan[: requests // 2], plan[requests // 2 :]):
+    before, tallies = server.metrics(), Counter[str]()
+    held: dict[str, list[int]] = {"rss_bytes": [], "contexts_bytes": [], "files": []}
+    for look in range(looks):
         with ThreadPoolExecutor(CLIENTS) as clients:
-            for tally in clients.map(lambda one: send(server, document, *one), half):
+            part = plan[requests * look // looks : requests * (look + 1) // looks]
+            for tally in clients.map(lambda one: send(server, document, *one), part):
                 tallies.update(tally)
         server.wait_until_idle()
         gc.collect()
-        time.sleep(0.3)  # closed connections are taken down by the server's loop
-        kept = sum(server.contexts.held_bytes().values())
-        held.append((resident_bytes(), len(os.listdir("/proc/self/fd")), kept))
+        time.sleep(IDLE_SECONDS + 0.5)  # closed connections are taken down, and memory is given back
+        held["rss_bytes"].append(resident_bytes())
+        held["contexts_bytes"].append(sum(server.contexts.held_bytes().values()))
+        held["files"].append(len(os.listdir("/proc/self/fd")))
     after = server.metrics()
     grown = {name: after[name] - before.get(name, 0) for name in after}
     answered = {
@@ -64,12 +75,7 @@ def soak(server: Running, requests: int, document: str) -> dict[str, Any]:
         "requests": requests,
         "sent": {name: count for name, count in sorted(tallies.items()) if name.startswith("sent")},
         "answered": {str(status): int(count) for status, count in answered.items()},
-        "rss_middle_bytes": held[0][0],
-        "rss_end_bytes": held[1][0],
-        "contexts_middle_bytes": held[0][2],
-        "contexts_end_bytes": held[1][2],
-        "files_middle": held[0][1],
-        "files_end": held[1][1],
+        **held,
         "under_way": after["hga_requests_under_way"],
         "add_up": {
             "400": answered[400] == tallies["400"],
@@ -81,6 +87,25 @@ def soak(server: Running, requests: int, document: str) -> dict[str, Any]:
             "cached_tokens": grown["hga_cached_tokens_total"] == tallies["cached_tokens"],
         },
     }
+
+
+def rise(looks: list[int]) -> float:
+    """How much higher the last quarter of an even number of looks is than the one before."""
+    quarter = max(1, len(looks) // 4)
+    return statistics.mean(looks[-quarter:]) - statistics.mean(looks[-2 * quarter : -quarter])
+
+
+def find_faults(told: dict[str, Any]) -> list[str]:
+    """What is wrong with a report of `soak`."""
+    faults = [f"the counters of {name} do not add up" for name, right in told["add_up"].items() if not right]
+    if told["under_way"]:
+        faults.append(f"{told['under_way']} requests are stuck")
+    own = [rss - kept for rss, kept in zip(told["rss_bytes"], told["contexts_bytes"], strict=True)]
+    if (grown := rise(own)) > GROWTH_BYTES:
+        faults.append(f"memory beside contexts still grows, by {grown:,.0f} bytes in the last quarter")
+    if (opened := rise(told["files"])) > 2:
+        faults.append(f"{opened:,.0f} files more are open than a quarter before")
+    return faults
 
 
 def send(server: Running, document: str, kind: str, number: int) -> dict[str, int]:
@@ -155,6 +180,7 @@ def resident_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--looks", type=int, default=4)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--document-characters", type=int, default=3000)
     options = parser.parse_args()
@@ -164,7 +190,10 @@ def main() -> None:
     text = (files("hga.data") / "thursday.txt").read_text(encoding="utf-8")[: options.document_characters]
     config = hga.HGAConfig(budget_tokens=128)
     with serving(model, tokenizer, config, max_context=4096, max_requests=CLIENTS * 3, limit_bytes=256 << 20) as server:
-        print(json.dumps(soak(server, options.requests, text) | {"model": options.model}))
+        told = soak(server, options.requests, text, options.looks)
+        print(json.dumps(told | {"model": options.model}))
+    if faults := find_faults(told):
+        raise SystemExit("; ".join(faults))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,12 @@ def test_what_goes_wrong_with_a_line_does_not_end_the_chat(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin = Conversation.begin
-    for raised, said in ((KeyboardInterrupt(), "stopped"), (torch.OutOfMemoryError("full"), "full")):
+    on_a_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    for raised, said in (
+        (KeyboardInterrupt(), "stopped"),
+        (torch.OutOfMemoryError("full"), "full"),
+        (on_a_cpu, "can't allocate"),
+    ):
 
         def fail(conversation: Conversation, question: str, *arguments: Any, raised: Any = raised) -> Any:
             if question == "Two?":

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import families
 import pytest
@@ -234,3 +235,35 @@ def test_layers_that_cannot_go_back_say_so(name: str) -> None:
         cache.keep_first(DOCUMENT_TOKENS)
         with pytest.raises(ValueError, match="holds 217 tokens"):
             cache.keep_first(DOCUMENT_TOKENS + 1)
+
+
+@pytest.mark.parametrize("store", ["ram", "device", "nvme"])
+@pytest.mark.parametrize("kept", [1, 3, 30, 100])
+def test_a_fork_that_leaves_a_book_early_takes_little_along(
+    store: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HGA_SCRATCH", str(tmp_path))
+    config, document = SMALL.replace(store=store), families.prompt(600)
+    other = torch.cat([document[:, :kept], families.prompt(150, seed=1)], 1)
+    with hga.enabled(families.shared("llama"), config) as model:
+        cache = new_cache(model, config)
+        read(model, document, cache)
+        fork, asked = cache.fork(), list[int]()
+        with monkeypatch.context() as patch:
+            for layer in cache.routed:
+                whole = layer._stores[0].read
+                patch.setattr(
+                    layer._stores[0], "read", lambda ids, *a, whole=whole: asked.extend(ids) or whole(ids, *a)
+                )
+            fork.keep_first(kept)
+        per_layer = -(-(kept - config.sink_tokens) // config.chunk_size)
+        assert len(asked) <= max(0, per_layer) * len(cache.routed)
+        shares = fork.routed[0].rows[0].chunks > 0
+        assert fork.shares_store(cache) == shares
+        assert shares == (kept == 100)
+        for one in (fork, cache.fork()):  # no room for more, and nothing of what was left
+            row = one.routed[0].rows[0]
+            assert row.window_bytes() == 2 * row._keys[:, :1].numel() * row._keys.element_size() * row.near_length
+        assert torch.equal(answer(model, other, fork)[:, 0], answer(model, other, new_cache(model, config))[:, 0])
+        question = torch.cat([document, families.prompt(9, seed=2)], 1)
+        assert torch.equal(answer(model, question, cache), answer(model, question, new_cache(model, config)))

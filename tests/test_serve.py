@@ -327,11 +327,12 @@ def test_a_failed_forward_leaves_no_memory_to_the_collector(server: Running, mon
             raise MemoryError("in the middle of a forward")
         return attend(row, *arguments)
 
+    complete(server, "something to forget " * 9)
     monkeypatch.setattr(Row, "attend", fail)
-    refused(complete(server, [7] * 1500), 503, "not enough memory")
+    assert complete(server, [7] * 1500).status_code == 200  # begun anew, with half of what was kept forgotten
     server.wait_until_idle()
-    assert len(rows) == 8
-    assert not any(row.window_bytes() + row.chunks for row in rows)
+    assert len(rows) > 8
+    assert not any(row.window_bytes() + row.chunks for row in rows[:8])
 
 
 def test_a_client_that_goes_away_frees_everything(server: Running) -> None:

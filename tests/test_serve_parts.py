@@ -1,5 +1,6 @@
 """Parts of the server one by one, the command that starts it, and a soak of mixed requests."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,17 +107,42 @@ def test_command_says_what_is_not_installed(
     assert "pip install 'hga[serve]'" in capsys.readouterr().err
 
 
+def test_transformers_own_chat_client(tmp_path: Path) -> None:
+    command = shutil.which("transformers", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("this transformers has no command of its own")
+    with serving(*model_and_tokenizer(), SMALL) as server:
+        talk = [command, "chat", "served", server.url, "max_new_tokens=9", "do_sample=False"]
+        lines = "hello\nn\n!exit\n"  # n: nothing more of an answer that has reached its limit
+        done = subprocess.run(talk, input=lines, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "<served>" in done.stdout
+        metrics = server.metrics()
+    assert metrics['hga_requests_total{path="/load_model",status="200"}'] == 1
+    assert metrics['hga_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert metrics["hga_new_tokens_total"] == 9
+
+
 def test_contexts_start_empty() -> None:
     assert Contexts(0).find("", [1, 2], None) == (None, 0)
 
 
 def test_soak_of_mixed_requests() -> None:
-    from serve_soak import CLIENTS, soak
+    from serve_soak import CLIENTS, find_faults, soak
 
     model, tokenizer = model_and_tokenizer()
     with serving(model, tokenizer, SMALL, max_requests=3 * CLIENTS, limit_bytes=4 << 20) as server:
         told = soak(server, 200, "A document on which several clients ask. " * 12)
-    assert told["under_way"] == 0
-    assert all(told["add_up"].values()), told
-    assert told["rss_end_bytes"] - told["rss_middle_bytes"] < 24 << 20, told
-    assert told["files_end"] <= told["files_middle"] + 2, told
+    assert not find_faults(told), told
+
+
+def test_a_soak_finds_what_grows() -> None:
+    from serve_soak import GROWTH_BYTES, find_faults
+
+    sound = {"add_up": {"400": True}, "under_way": 0, "files": [9, 9], "contexts_bytes": [0, 0], "rss_bytes": [1, 1]}
+    assert not find_faults(sound)
+    assert "still grows" in find_faults(sound | {"rss_bytes": [1, 2 + GROWTH_BYTES]})[0]
+    assert not find_faults(sound | {"rss_bytes": [1, 2 + GROWTH_BYTES], "contexts_bytes": [0, 1]})
+    assert "do not add up" in find_faults(sound | {"add_up": {"400": False}})[0]
+    assert "stuck" in find_faults(sound | {"under_way": 1})[0]
+    assert "3 files more" in find_faults(sound | {"files": [9, 12]})[0]

@@ -68,15 +68,14 @@ class Archive:
         self.summaries.restore(len(ids), summaries)
         self._set_chunks(ids)
 
-    def reopen(self, keep: int) -> tuple[Tensor, Tensor]:
-        """Give up all chunks but the first `keep`; returns their K/V (Hkv, n C, D) in position order."""
-        ids = self.chunks[keep:]
-        records, order = self.store.read(ids, self._device)
+    def reopen(self, keep: int, last: int) -> tuple[Tensor, Tensor]:
+        """Give up all chunks but the first `keep`; K/V (Hkv, n C, D) of those up to `last`, in position order."""
+        records, order = self.store.read(self.chunks[keep:last], self._device)
         keys, values = self.store.layout.unpack(records)  # (n, Hkv, C, D) in group order
         if order is not None:
             index = order.argsort(-1)[..., None].expand_as(keys)
             keys, values = keys.gather(2, index), values.gather(2, index)
-        self.store.release(ids)
+        self.store.release(self.chunks[keep:])
         self._set_chunks(self.chunks[:keep])
         self.reopenings += 1  # chunk numbers may come to mean other tokens
         self.summaries.truncate(keep)

@@ -127,7 +127,7 @@ class HGACache(DynamicCache):
         )
 
     def held_bytes(self, counted: set[int]) -> dict[str, int]:
-        """Bytes by tier, "device" being beside the model, of what no other cache was asked for before.
+        """Bytes by tier, "device" being beside the model, of what no other cache was asked for before, slack included.
 
         counted: identities of the stores that are counted already, which forks share; this cache's are added.
         """
@@ -137,9 +137,14 @@ class HGACache(DynamicCache):
             identity = layer.store_identity()
             if identity not in counted:
                 counted.add(identity)
-                for tier, count in layer.store_bytes().items():
+                for tier, count in layer.allocated_bytes().items():
                     held[tier] = held.get(tier, 0) + count
         return held
+
+    def shares_store(self, other: HGACache) -> bool:
+        """Whether a layer of both keeps its archive in one store, as those of forks do."""
+        own = {layer.store_identity() for layer in self.routed}
+        return any(layer.store_identity() in own for layer in other.routed)
 
     def reset_counters(self) -> None:
         """Start the averages of attended and fetched tokens again."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hga.cache.archive import OpenStore
 from hga.cache.decoding import Decoding, LayerDecoder
 from hga.cache.families import fingerprint
 from hga.cache.kernels import kernels_serve
@@ -94,9 +95,13 @@ class HGALayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
-        opening = functools.partial(open_store, self.hga_config, self.device, self.shape.routed_layers, self._stores)
+        opening = self._opening()
         self.rows = [Row(self.hga_config, opening, self.counters, frequencies) for _ in range(key_states.shape[0])]
         self.is_initialized = True
+
+    def _opening(self) -> OpenStore:
+        """What opens the rows' store, once for all of them."""
+        return functools.partial(open_store, self.hga_config, self.device, self.shape.routed_layers, self._stores)
 
     def open_store(self, layout: RecordLayout, filled: Store | None = None) -> Store:
         """The store that all rows share from now on: `filled`, else an empty one of the config's tier."""
@@ -174,6 +179,11 @@ class HGALayer(CacheLayerMixin):
             )
         for row in self.rows:
             row.crop(row.length - removed)
+        if self._stores and not any(row.chunks for row in self.rows):
+            # A fork that shares no chunk any more does not keep the store of others alive by its own chunks.
+            self._stores = []
+            for row in self.rows:
+                row.use_store(self._opening())
         self._seen = max(0, self._seen - removed)
         if self._decoder is not None:
             self._decoder.forget()
@@ -310,6 +320,10 @@ class HGALayer(CacheLayerMixin):
     def store_bytes(self) -> dict[str, int]:
         """Bytes of the archive by tier; shared chunks once, those that only a fork of this cache holds included."""
         return self._stores[0].held_bytes() if self._stores else {}
+
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes by tier that the archive takes, what it keeps free for later chunks included."""
+        return self._stores[0].allocated_bytes() if self._stores else {}
 
     def store_traffic(self) -> Traffic | None:
         """What an archive on NVMe has read and written; None for other tiers, and before the first closed chunk."""

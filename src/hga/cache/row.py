@@ -308,24 +308,33 @@ class Row:
             return
         keep = closed_chunks(self._config, length)
         if self._archive is not None and keep < self.chunks:
-            near, sink = self._near(), self._config.sink_tokens
-            reopened = self._archive.reopen(keep)
+            near, sink, size = self._near(), self._config.sink_tokens, self._config.chunk_size
+            # Only what is not forgotten comes back: of a book that is left after its first page, one page.
+            last = min(self.chunks, max(keep, -(-(length - sink) // size)))
+            reopened = self._archive.reopen(keep, last)
             self._keys, self._values = (
-                torch.cat([old[:, :sink], back, old[:, sink:]], 1) for old, back in zip(near, reopened, strict=True)
+                torch.cat([old[:, :sink], back, old[:, sink:]], 1)[:, : length - keep * size].contiguous()
+                for old, back in zip(near, reopened, strict=True)
             )
         self.length = length
 
     def fork(self, counters: Counters | None = None) -> Row:
         """A copy that shares the closed chunks (reference-counted) and owns the rest: a beam, or a forked cache's row.
 
-        counters: what the copy counts into; this row's own by default.
+        counters: of another cache, whose copy has no room for more tokens yet: it may be kept for long and never grow.
         """
         twin = object.__new__(Row)
         twin.__dict__.update(self.__dict__)
         twin._counters = counters or self._counters
-        twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        held = (self._keys, self._values) if counters is None or not self.length else self._near()
+        twin._keys, twin._values = (x.clone(memory_format=torch.contiguous_format) for x in held)
         twin._archive = None if self._archive is None else self._archive.fork()
         return twin
+
+    def use_store(self, open_store: OpenStore) -> None:
+        """Keep the chunks that close from now on in another store; there must be none yet."""
+        assert not self.chunks
+        self.open_store, self._archive = open_store, None
 
     def release(self) -> None:
         """Give up chunks and buffers."""

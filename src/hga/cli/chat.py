@@ -104,7 +104,7 @@ class _Chat:
 
     def run(self) -> None:
         """Answer lines until there are no more."""
-        import torch
+        from hga.store.host import is_out_of_memory
 
         for line in _lines():
             try:
@@ -114,7 +114,9 @@ class _Chat:
                     self._command(*line.split(maxsplit=1))
                 elif line.strip():
                     self._answer(line[1:] if line.startswith("//") else line)
-            except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
+            except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+                if not isinstance(error, KeyboardInterrupt) and not is_out_of_memory(error):
+                    raise
                 self._conversation.forget_cache()  # it may have been cut off in the middle of a change
                 say(f"hga: {' '.join(str(error).split()) or 'stopped'}; the next turn reads everything again")
             except (ValueError, OSError) as error:

@@ -21,27 +21,31 @@ EVERYBODY = None
 """The owner of a saved context: whoever runs the server put it there for all."""
 
 
+@dataclass(frozen=True)
+class SavedFile:
+    """A saved context that is not loaded yet."""
+
+    path: Path
+    ids: list[int] = field(repr=False)
+
+
 @dataclass(eq=False)
 class Context:
-    """A cache of `ids`, which nothing writes to: whoever uses it takes a fork. owner: the only one who may."""
+    """A cache of `ids`, which nothing writes to: whoever uses it takes a fork. owner: the only one who may.
+
+    file: where it was loaded from.
+    """
 
     owner: str | None
     ids: list[int]
     cache: HGACache = field(repr=False)
+    file: SavedFile | None = None
 
     def serves(self, owner: str, prompt_ids: Sequence[int]) -> int:
         """Tokens of a prompt that it spares reading."""
         if self.owner not in (owner, EVERYBODY):
             return 0
         return usable(self.cache, common_prefix(self.ids, prompt_ids), len(prompt_ids))
-
-
-@dataclass(frozen=True)
-class SavedFile:
-    """A saved context that is not loaded yet."""
-
-    path: Path
-    ids: list[int]
 
 
 class Contexts:
@@ -51,7 +55,7 @@ class Contexts:
         self.limit_bytes = limit_bytes
         self.evictions = 0
         self._live: list[Context] = []
-        self._saved = saved
+        self._saved = list(saved)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -68,10 +72,10 @@ class Contexts:
                 best, most = context, spared
         for file in self._saved:
             common = min(common_prefix(file.ids, prompt_ids), len(prompt_ids) - 1)
-            is_loaded = any(context.owner is EVERYBODY and context.ids == file.ids for context in self._live)
+            is_loaded = any(context.file is file for context in self._live)
             if common > most and not is_loaded:
                 try:
-                    loaded = Context(EVERYBODY, file.ids, HGACache.load(file.path, model))
+                    loaded = Context(EVERYBODY, file.ids, HGACache.load(file.path, model), file)
                 except (ValueError, OSError):
                     logger.exception("%s cannot be used, prompts are read instead", file.path)
                     continue
@@ -98,6 +102,25 @@ class Contexts:
         while self._live and sum(self.held_bytes().values()) > limit:
             self._live.pop(0)
             self.evictions += 1
+
+    def make_room(self, missing_bytes: int | None) -> bool:
+        """Forget the least recently used for who lacks bytes: so many, or half. False if it cannot help."""
+        held = sum(self.held_bytes().values())
+        missing = -(-held // 2) if missing_bytes is None else missing_bytes
+        if not held or missing > held:
+            return False
+        self.shrink(held - missing)
+        return True
+
+    def distrust(self, cache: HGACache) -> bool:
+        """Forget contexts that share a store with a cache that cannot be read, and their files. False if none does."""
+        shared = [context for context in self._live if cache.shares_store(context.cache)]
+        for context in shared:
+            self._live.remove(context)
+            if context.file is not None:
+                self._saved.remove(context.file)
+                logger.error("%s is not used any more until the server starts again", context.file.path)
+        return bool(shared)
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of all live contexts by tier; archives that they share count once."""

@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hga.cache import CacheStats, HGACache, common_prefix
 from hga.config import HGAConfig
 from hga.serving.answer import Answer, Request, usable
 from hga.serving.contexts import Contexts
 from hga.serving.metrics import Metrics
+from hga.store.host import HostRoomError, is_out_of_memory, return_freed_memory
 
 logger = logging.getLogger("hga.serving")
 
 WORTH_WAITING_TOKENS = 64
 """A prompt waits for another's reading if that spares it more tokens than this."""
+IDLE_SECONDS = 1.0
+"""Freed memory goes back to the system after so long without a request, so that nobody waits for that."""
+BUSY_SECONDS = 60.0
+"""And so often where requests never cease."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Job:
     accepted: float = field(default_factory=time.perf_counter)
     answer: Answer | None = None
     cancelled: bool = False
+    begun_anew: bool = False
 
 
 class Engine:
@@ -142,15 +146,21 @@ class Engine:
     # ---- the engine's thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        untidy_since: float | None = None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
+                patience = None if untidy_since is None else IDLE_SECONDS
+                self._changed.wait_for(lambda: self._jobs or self._closed, patience)
                 jobs = list(self._jobs)
                 if self._closed:
                     break
-            for job in jobs:
-                self._turn(job)
-            del jobs, job  # the last job's cache is not kept until the next one comes
+            if untidy_since is not None and (not jobs or time.monotonic() > untidy_since + BUSY_SECONDS):
+                return_freed_memory()
+                untidy_since = None
+            if jobs and untidy_since is None:
+                untidy_since = time.monotonic()
+            while jobs:
+                self._turn(jobs.pop(0))  # not held any longer: the last one's cache must not wait for the next job
         for job in jobs:
             self._end(job, Failed("the server is shutting down", 503))
 
@@ -164,15 +174,31 @@ class Engine:
                 self._start(job)
             else:
                 self._advance(job, job.answer)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
-            _release(job)
-            self._contexts.shrink(0)
-            self._end(job, Failed("there is not enough memory for this request now; try again or send less", 503))
-        except Exception:
-            logger.exception("a request failed")
-            _release(job)
-            self._end(job, Failed("the answer failed; the server's log says why"))
+        except Exception as error:
+            if is_out_of_memory(error):
+                logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
+                failure = Failed("there is not enough memory for this request now; try again or send less", 503)
+            else:
+                logger.exception("a request failed")
+                failure = Failed("the answer failed; the server's log says why")
+            self._recover(job, error, failure)
+
+    def _recover(self, job: Job, error: Exception, failure: Failed) -> None:
+        """Begin a job anew, once, if what can be forgotten may help and nobody has seen a token of it; else end it."""
+        answer, helps = job.answer, False
+        if job.begun_anew:
+            pass
+        elif is_out_of_memory(error):
+            helps = self._contexts.make_room(error.missing_bytes if isinstance(error, HostRoomError) else None)
+        elif answer is not None and isinstance(error, ValueError | OSError):  # as of a saved file that was damaged
+            helps = self._contexts.distrust(answer.cache)
+        if answer is not None:
+            answer.cache.reset()  # now: layers that were cut off in a forward know each other in a circle
+        return_freed_memory()
+        if helps and (answer is None or not answer.written):
+            job.answer, job.begun_anew = None, True
+        else:
+            self._end(job, failure)
 
     def _start(self, job: Job) -> None:
         """Give a job a cache of what was read before, unless somebody is just reading what it needs."""
@@ -227,7 +253,8 @@ class Engine:
         self._metrics.prompt_tokens.inc(len(job.request.prompt_ids))
         self._metrics.cached_tokens.inc(answer.cached_tokens)
         self._metrics.new_tokens.inc(len(answer.written))
-        self._contexts.add(job.owner, answer.ids[: answer.fed_tokens], answer.cache)
+        # A twin: what decoding needs (a captured graph, slots and scratch on a GPU) goes with the answer.
+        self._contexts.add(job.owner, answer.ids[: answer.fed_tokens], answer.cache.fork())
         self._end(job, done)
 
     def _by_place(self, held_bytes: dict[str, int]) -> dict[str, int]:
@@ -246,9 +273,3 @@ class Engine:
             self._metrics.under_way.set(len(self._jobs))
         self._metrics.kept(len(self._contexts), self._by_place(self._contexts.held_bytes()), self._contexts.evictions)
         job.report(event)
-
-
-def _release(job: Job) -> None:
-    """Give a failed answer's memory back now: layers that were cut off in a forward know each other in a circle."""
-    if job.answer is not None:
-        job.answer.cache.reset()

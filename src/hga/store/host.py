@@ -9,6 +9,7 @@ import mmap
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +41,49 @@ def available_host_bytes() -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
+class HostRoomError(MemoryError):
+    """A wish for host memory that is not there. missing_bytes: how much would have to be freed first."""
+
+    def __init__(self, message: str, missing_bytes: int) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
+
+
 def check_host_room(wanted_bytes: int, purpose: str, reserve_bytes: int = RESERVE_BYTES) -> None:
-    """MemoryError if `wanted_bytes` more for `purpose` would leave the host less than `reserve_bytes`."""
+    """HostRoomError if `wanted_bytes` more for `purpose` would leave the host less than `reserve_bytes`."""
     available = available_host_bytes()
     if available is not None and wanted_bytes > available - reserve_bytes:
-        raise MemoryError(
+        raise HostRoomError(
             f"{purpose} needs {_in_bytes(wanted_bytes)} of host memory; {_in_bytes(available)} are available, of "
             f"which {_in_bytes(reserve_bytes)} stay in reserve. Give a shorter prompt or fewer rows, free host "
-            "memory, or raise the control group's limit"
+            "memory, or raise the control group's limit",
+            wanted_bytes - (available - reserve_bytes),
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch raises a plain RuntimeError for that on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system, where the C library can; takes some milliseconds a GiB.
+
+    glibc keeps freed blocks that lie between others. Forwards over prompts of ever new lengths leave ever new gaps.
+    """
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trimmer() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return None
 
 
 def _machine_bytes() -> int | None:

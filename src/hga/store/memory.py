@@ -16,8 +16,9 @@ from torch import Tensor
 from hga.store.host import allocate_host, check_host_room
 from hga.store.record import RecordLayout, check_records
 
-_FIRST_SEGMENT_CHUNKS = 16
-_GROWTH = 4  # a segment adds a quarter: page-locking costs time a byte, so slack costs twice
+_FIRST_SEGMENT_CHUNKS = 4  # a server keeps many short archives
+_DOUBLED_CHUNKS = 16  # up to here a segment doubles what there is: few segments, since each costs a gather a call
+_GROWTH = 4  # then it adds a quarter: page-locking costs time a byte, so slack costs twice
 _LARGEST_SEGMENT_BYTES = 128 << 20
 
 
@@ -187,7 +188,8 @@ class MemoryStore:
     def _grow(self, missing: int, source: torch.device) -> None:
         """Add a segment with room for `missing` chunks, and for more where there is memory for it."""
         most = max(1, _LARGEST_SEGMENT_BYTES // self._one_bytes)
-        count = max(missing, min(max(_FIRST_SEGMENT_CHUNKS, self._capacity // _GROWTH), most))
+        doubled = min(max(_FIRST_SEGMENT_CHUNKS, self._capacity), _DOUBLED_CHUNKS)
+        count = max(missing, min(max(doubled, self._capacity // _GROWTH), most))
         try:
             self._add_segment(count, source)
         except MemoryError:
