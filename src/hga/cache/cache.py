@@ -318,6 +318,10 @@ class HGACache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers up to 5.23 fills their K/V with zeros, and keeps them
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         super().reset()  # type: ignore[no-untyped-call]
         self.decoding.reset()
         self.stepper, self.loaded_ids = None, ()
