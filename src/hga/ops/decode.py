@@ -145,7 +145,7 @@ class Scratch:
             listed = config.candidate_nodes * (config.node_size // config.group_size)
             columns = first + listed
             if config.group_key_bits is not None:
-                group_splits = max(2, min(_MOST_SPLITS, -(-listed // CODED_BLOCK)))
+                group_splits = max(2, min(2 * _MOST_SPLITS, -(-listed // CODED_BLOCK)))
         groups = Choice.allocate(lines, selectors, columns, config.routed_groups, group_splits + 1, device)
         total = NEAR_SPLITS + 2 * CACHED_SPLITS + splits
         return cls(

@@ -1,0 +1,81 @@
+"""What the launches of one decode step share: shapes, encodings, scratch, and streams beside the main one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hga.config import HGAConfig
+from hga.ops.decode import PENDING_BLOCK, DecodeLayer, padded_width
+from hga.ops.tiles import pending_capacity
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def widened(dtype: torch.dtype) -> tl.dtype:
+    """The type in which fp8 summaries meet queries and weights: e4m3 is exact in float16."""
+    return tl.float32 if dtype == torch.float32 else tl.float16
+
+
+@functools.cache
+def lacks_fp8(device: torch.device) -> bool:
+    """Whether a device cannot convert e4m3 itself (before compute capability 8.9, and the interpreter)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
+
+
+class Step:
+    """The numbers that the kernels of one step share."""
+
+    def __init__(self, query: Tensor, layer: DecodeLayer, counts: Tensor, config: HGAConfig) -> None:
+        self.config, self.layer, self.counts = config, layer, counts
+        batch, self.heads, _, self.width = query.shape
+        self.kv_heads = layer.near_keys.shape[1]
+        self.problems = batch * self.kv_heads
+        repeats = self.heads // self.kv_heads
+        self.selectors_each = repeats if config.selection == "per_head" else 1
+        self.selectors = self.problems * self.selectors_each
+        self.wide = padded_width(self.width)
+        self.first = pending_capacity(config, PENDING_BLOCK)
+        self.per_node = config.node_size // config.group_size if config.two_level else 0
+        self.tile = {
+            "ROWS": repeats // self.selectors_each,
+            "SELECTORS": self.selectors_each,
+            "RB": max(16, triton.next_power_of_2(repeats // self.selectors_each)),
+            "DB": self.wide,
+        }
+        scratch = layer.scratch
+        self.parts = (scratch.peaks, scratch.totals, scratch.sums)
+        self.parts_stride = scratch.peaks.shape[1]
+        if layer.node_values is not None:  # of the far field
+            data, scale = layer.node_values
+            fp8 = scale is not None
+            bits = data.view(torch.uint8) if fp8 else data
+            self.values = (bits, scale if fp8 else data, data.shape[2])
+            self.encoding = {
+                "FP8": fp8,
+                "BY_BITS": lacks_fp8(query.device),
+                "DTYPE": widened(query.dtype) if fp8 else TYPES[query.dtype],
+            }
+
+
+@contextmanager
+def beside(device: torch.device, branch: str) -> Iterator[Callable[[], None]]:
+    """Launch beside what follows, where a graph is being captured; call the result before reading what was written."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device, branch)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device, branch: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
