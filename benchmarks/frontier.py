@@ -48,7 +48,8 @@ class Variant(SimulatedRule):
     key_code, value_code: how summaries are kept. "exact"; "fp8": a scale a row; or a letter and the bits of a number:
     the chunk's mean is taken off, channels are divided by their spread to the power of 0 ("h"), 1/2 ("n") or 1 ("w")
     and mixed by a Hadamard matrix, and a row has a step of its own; with a "t" behind, what is coded is the difference
-    to the mean of 16 tokens, which has 4 bits.
+    to the mean of 16 tokens, which has 4 bits; with "f" and a size behind, the difference to the mean of so many
+    tokens, which is kept in fp8. A capital letter leaves the mixing out: "W2f16" is hga's `group_key_bits=2`.
     value_size: tokens of a mean value (a multiple of group_size).
     vote: how the R heads of a KV head agree: "local" adds softmax masses over the candidates, as hga does;
     "global" adds shares of the whole attention, sink and window included; "max" takes the largest of those;
@@ -89,6 +90,11 @@ class Variant(SimulatedRule):
             beside = (2 if code[0] == "h" else 4) * width / self.chunk_size
             return row(code) / size + beside + (row("h4") / 16 if code[-1] == "t" else 0)
 
+        if "f" in self.key_code:
+            code, of = self.key_code.split("f")
+            total = row(code) / self.group_size + (width + 2) / int(of)
+            total += 2 * width / self.chunk_size if code[0] not in "hH" else 0
+            return (total + unit(self.value_code, self.value_size)) / (4 * width)
         total = unit(self.key_code, self.group_size)
         total += unit(self.value_code, self.value_size) if self.far_field else 0
         total += unit(self.key_code, self.node_size) if self.node_size else 0
@@ -254,7 +260,9 @@ def recode(rows: Tensor, code: str, size: int) -> Tensor:
         return rows
     if code == "fp8":
         return decode_rows(encode_rows(rows, torch.float8_e4m3fn), rows.dtype)
-    power, bits = {"h": 0.0, "n": 0.5, "w": 1.0}[code[0]], int(code[1])
+    power, bits = {"h": 0.0, "n": 0.5, "w": 1.0}[code[0].lower()], int(code[1])
+    if "f" in code:
+        return _recode_differences(rows, power, bits, code[0].islower(), int(code.split("f")[1]) // size)
     middle = _rounded(rows.mean(2, keepdim=True))
     channel = _spread_along(rows - middle, 2) ** power
     mix = _hadamard(rows.shape[-1], rows)
@@ -265,6 +273,18 @@ def recode(rows: Tensor, code: str, size: int) -> Tensor:
         node = _levels(means, _spread_along(means, -1), 4).repeat_interleave(16 // size, 2)
     coded = node + _levels(rest - node, _spread_along(rest - node, -1), bits)
     return middle + coded @ mix.mT * channel
+
+
+def _recode_differences(rows: Tensor, power: float, bits: int, mixed: bool, per_node: int) -> Tensor:
+    """Rows as differences to the fp8 mean of `per_node` of them; nodes themselves (per_node at most 1) as fp8."""
+    if per_node <= 1:
+        return recode(rows, "fp8", 1)
+    nodes = recode(mean_rows(rows, per_node), "fp8", 1).repeat_interleave(per_node, 2)
+    rest = rows - nodes
+    channel = _spread_along(rest, 2) ** power
+    mix = _hadamard(rows.shape[-1], rows) if mixed else torch.eye(rows.shape[-1]).to(rows)
+    rest = rest / channel @ mix
+    return nodes + _levels(rest, _spread_along(rest, -1), bits) @ mix.mT * channel
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -299,12 +319,21 @@ BASES: dict[str, dict[str, Any]] = {
     "n32": {"group_size": 8, "value_size": 32, "node_size": 32, "overselection": 12},
     "b4": _BETTER,
     "b2": _BETTER | {"group_size": 2, "value_size": 2},
+    "k2": {
+        "group_size": 2,
+        "sink_tokens": 4,
+        "window_tokens": 32,
+        "key_code": "W2f16",
+        "value_size": 16,
+        "node_size": 16,
+        "overselection": 8,
+    },
     "t4": _BETTER | _CODED,
     "t2": _BETTER | _CODED | {"group_size": 2},
     "t1": _BETTER | _CODED | {"group_size": 1, "gain": "mass", "lift": 0.0},
     "n16": {"group_size": 4, "value_size": 16, "node_size": 16, "overselection": 12},
 }
-"""Variants to start from: g and n as the presets choose (n32 is `lean`), b with a better choice, t with fewer bytes."""
+"""Variants to start from: g and n as hga chooses, b with a better choice, t with fewer bytes, k2 as hga's defaults."""
 
 
 def parse_variant(text: str, budget: int) -> Any:

@@ -60,8 +60,8 @@ class HGAConfig:
 
     chunk_size: int = 256
     group_size: int = 2
-    node_size: int = 32
-    overselection: int | Literal["all"] = 12
+    node_size: int = 16
+    overselection: int | Literal["all"] = 8
     group_key_bits: Literal[2] | None = 2
     sink_tokens: int = 4
     window_tokens: int = 32
@@ -230,8 +230,8 @@ class HGAConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
-    "fidelity": {"selection": "per_head", "budget_tokens": 4096},
-    "lean": {"group_size": 4, "overselection": 8},
+    "fidelity": {"selection": "per_head", "budget_tokens": 4096, "overselection": 16},
+    "lean": {"group_size": 4, "node_size": 32},
     "paper": {
         "chunk_size": 64,
         "group_size": 16,
