@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -46,9 +47,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--presets", default="balanced,lean,fidelity")
+    parser.add_argument("--presets", default="full,balanced,lean,fidelity", help="full: a budget of all tokens")
     parser.add_argument("--budget", type=Fraction, default=Fraction(1, 32))
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)  # a step that cannot be captured says why
     gguf = {"gguf_file": options.gguf_file} if options.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(options.model, **gguf)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **gguf)
@@ -67,10 +69,12 @@ def main() -> None:
     dense, prefill_s, step_ms = decode(model, ids, DynamicCache(config=model.config), options.new_tokens)
     row = {"rule": "dense", "prefill_s": round(prefill_s, 2), "step_ms": round(step_ms, 2)}
     print(json.dumps(row | {"tokens_per_s": round(1e3 / step_ms, 1)} | shared), flush=True)
-    rules = {"full budget": hga.HGAConfig(budget_tokens=options.tokens + 1024, prefill="exact")}
+    rules = {}
     for name in options.presets.split(","):
-        budget = int(options.budget * options.tokens)
-        rules[name] = hga.HGAConfig.preset(name, budget_tokens=budget, prefill="exact")
+        budget = options.tokens + 1024 if name == "full" else int(options.budget * options.tokens)
+        rules[name] = hga.HGAConfig.preset(
+            "balanced" if name == "full" else name, budget_tokens=budget, prefill="exact"
+        )
     for name, config in rules.items():
         cache = hga.HGACache(config=model.config, hga_config=config)
         with hga.enabled(model, config):
