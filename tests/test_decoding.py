@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hga
 from hga import HGAConfig
@@ -15,6 +17,7 @@ from hga.cache import decoding, kernels, layer
 from hga.cache.layer import Handshake, HGALayer, LayerShape
 from hga.cache.routed import Scoring
 from hga.cache.summaries import Summaries
+from hga.integrations.transformers import step
 from hga.store import MemoryStore
 
 pytest.importorskip("triton")
@@ -209,3 +212,15 @@ def test_direct_calls_count_padding_in_positions(monkeypatch: pytest.MonkeyPatch
             logits.append(last)
         assert (cache.stepper is not None) == served
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_only_experts_in_a_loop_keep_a_step_from_a_graph(family: str, tmp_path: Path) -> None:
+    """Checkpoints give dense models an experts implementation too, "eager", which says nothing of them."""
+    families.build(family).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.config._experts_implementation = "eager"
+    assert step._loops_over_experts(model) == (family != "llama")
+    if family != "llama":
+        model.set_experts_implementation("batched_mm")
+        assert not step._loops_over_experts(model)

@@ -133,8 +133,15 @@ def _can_capture(model: Any) -> bool:
         reason = f"the weights are spread over {', '.join(sorted(places | mapped))}"
     elif getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
         reason = "the model has adapters, which may be switched between steps"
-    elif getattr(model.config, "_experts_implementation", None) == "eager":
+    elif _loops_over_experts(model):
         reason = "its experts run in a loop; call model.set_experts_implementation('batched_mm')"
     if reason is not None:
         _log.info("decoding without a CUDA graph: %s", reason)
     return reason is None
+
+
+def _loops_over_experts(model: Any) -> bool:
+    """Whether the step depends on which experts its tokens choose. from_pretrained says "eager" of dense models, too."""
+    config = model.config.get_text_config(decoder=True)
+    has_experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+    return bool(has_experts) and getattr(model.config, "_experts_implementation", None) == "eager"
