@@ -141,7 +141,7 @@ def _can_capture(model: Any) -> bool:
 
 
 def _loops_over_experts(model: Any) -> bool:
-    """Whether the step depends on which experts its tokens choose. from_pretrained says "eager" of dense models, too."""
+    """Whether a step depends on which experts its token chooses. Checkpoints make dense models "eager", too."""
     config = model.config.get_text_config(decoder=True)
     has_experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
     return bool(has_experts) and getattr(model.config, "_experts_implementation", None) == "eager"
