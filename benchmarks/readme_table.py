@@ -11,10 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hga.cache.layout import summary_bytes_per_token
+from hga.config import HGAConfig
+
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-_RULES = ("paper", "contiguous", "lean", "balanced", "fidelity")
+_RULES = ("contiguous", "lean", "balanced", "fidelity")
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
 
@@ -37,22 +42,32 @@ def fidelity_table(rows: list[dict[str, Any]]) -> str:
             row = next(
                 (row for row in rows if (row["model"], row["tokens"], row["document"], row["rule"]) == wanted), None
             )
-            cells.append("-" if row is None else f"{row['gap_nats']:.3f} ± {row['se_nats']:.3f}")
+            cells.append("-" if row is None else _cell(row))
         lines.append(f"| {model}, {tokens // 1024}K, {_DOCUMENTS[document]} | " + " | ".join(cells) + " |")
-    lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares(rows)) + " |")
+    lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares()) + " |")
     for field in ("attended", "fetched"):
         lines.append(f"| {field}, share of the context | " + " | ".join(_spread(rows, field)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _shares(rows: list[dict[str, Any]]) -> list[str]:
-    return [f"{next(row for row in rows if row['rule'] == rule)['summary_share']:.1%}" for rule in _RULES]
+def _cell(row: dict[str, Any]) -> str:
+    divergence = f" ({row['kl_mean']:.3f})" if "kl_mean" in row else ""
+    return f"{row['gap_nats']:.3f} ± {row['se_nats']:.3f}{divergence}"
+
+
+def _shares() -> list[str]:
+    """Of 16-bit K/V with heads of 128 numbers."""
+    configs = [HGAConfig.preset(rule) for rule in _RULES]
+    return [f"{summary_bytes_per_token(config, 128, torch.bfloat16) / 512:.1%}" for config in configs]
 
 
 def _spread(rows: list[dict[str, Any]], field: str) -> list[str]:
     cells = []
     for rule in _RULES:
         values = [row[field] for row in rows if row["rule"] == rule]
+        if not values:
+            cells.append("-")
+            continue
         low, high = f"{min(values):.1%}", f"{max(values):.1%}"
         cells.append(low if low == high else f"{low} to {high}")
     return cells

@@ -88,6 +88,20 @@ def new_cache(model: PreTrainedModel) -> HGACache:
         ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8': .*not built yet; use kv_dtype='model'"),
+        ({"group_key_bits": 3}, "group_key_bits=3 must be 2 or None"),
+        ({"group_key_bits": 2.0}, "group_key_bits=2.0 must be 2 or None"),
+        (
+            {"overselection": "all", "node_size": 4},
+            "group_key_bits=2 codes differences .* needs a numeric overselection .* got 'all' and 'mean'",
+        ),
+        (
+            {"ordering": "position", "summary": "mixed_rope"},
+            "group_key_bits=2 codes .* summary='mean', got 3 and 'mixed_rope'; use group_key_bits=None",
+        ),
+        (
+            {"chunk_size": 96, "node_size": 12, "ordering": "position"},
+            "node_size / group_size = 3 must be a power of two",
+        ),
         ({"kv_dtype": "fp8"}, "kv_dtype='fp8': .*not built yet; use kv_dtype='model'"),
         ({"kv_dtype": "int4"}, "kv_dtype='int4' must be one of model, int8, fp8"),
         ({"dense_layers": (-1,)}, r"dense_layers=\(-1,\) must be layer indices, 0 or more"),

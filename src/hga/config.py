@@ -202,17 +202,24 @@ class HGAConfig:
             )
 
     def _check_combinations(self) -> None:
-        if self.group_key_bits is not None and (not self.two_level or self.ordering != "content"):
-            raise ValueError(
-                f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node of the content "
-                f"tree: it needs a numeric overselection and ordering='content', got {self.overselection!r} and "
-                f"{self.ordering!r}; use group_key_bits=None"
-            )
         if self.summary == "mixed_rope" and self.ordering != "position":
             raise ValueError(
                 "summary='mixed_rope' rotates keys to the middle of consecutive positions: it needs "
                 f"ordering='position', got {self.ordering!r}"
             )
+        if self.group_key_bits is not None:
+            if not self.two_level or self.summary != "mean":
+                raise ValueError(
+                    f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node: it needs a "
+                    f"numeric overselection and summary='mean', got {self.overselection!r} and {self.summary!r}; use "
+                    "group_key_bits=None"
+                )
+            per_node = self.node_size // self.group_size
+            if per_node & (per_node - 1):
+                raise ValueError(
+                    f"node_size / group_size = {per_node} must be a power of two with group_key_bits="
+                    f"{self.group_key_bits}; change one of them or use group_key_bits=None"
+                )
         if self.ram_cache_bytes is not None:
             if self.store not in ("nvme", "auto"):
                 raise ValueError(
