@@ -90,7 +90,7 @@ class Variant(SimulatedRule):
             beside = (2 if code[0] == "h" else 4) * width / self.chunk_size
             return row(code) / size + beside + (row("h4") / 16 if code[-1] == "t" else 0)
 
-        if "f" in self.key_code:
+        if "f" in self.key_code[1:]:  # not fp8
             code, of = self.key_code.split("f")
             total = row(code) / self.group_size + (width + 2) / int(of)
             total += 2 * width / self.chunk_size if code[0] not in "hH" else 0

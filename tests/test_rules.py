@@ -286,7 +286,7 @@ def test_our_rule_is_the_simulation(preset):
 
 
 VARIANTS = {
-    **{name: fields for name, fields in BASES.items() if name in ("g4", "n16", "b2", "t2", "t1")},
+    **{name: fields for name, fields in BASES.items() if name in ("g4", "n16", "b2", "k2", "t2", "t1")},
     "head": {"vote": "head"},
     "turns": {"vote": "turns", "value_code": "w3"},
     "pool": {"vote": "max", "pool": "layer", "gain": "both", "key_code": "h3t"},
@@ -318,7 +318,7 @@ def test_variants_start_from_rules_of_hga():
     plain = HGAConfig(sink_tokens=16, window_tokens=64, budget_tokens=128, group_key_bits=None)
     for base, changes in (
         ("g4", {"group_size": 4, "node_size": 4, "overselection": "all"}),
-        ("n32", {"group_size": 8, "overselection": 4}),
+        ("n32", {"group_size": 8, "node_size": 32, "overselection": 4}),
     ):
         config = plain.replace(**changes)
         expected, _ = attend(RoutedRule.of(config), *given)
