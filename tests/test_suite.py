@@ -336,7 +336,7 @@ def test_the_command_refuses(capsys, folder, texts):
         (["tasks", *novel, "--tasks", "code"], "none of novel.txt is one"),
         (["tasks", *novel, "--examples", "0"], "--examples 0 must be at least 1"),
         (["tasks", *novel, "--rules", "best"], "rule 'best' is unknown"),
-        (["tasks", *novel, "--tokens", "2048", "--budget", "1/64"], "budget_tokens=32 must be at least 80"),
+        (["tasks", *novel, "--tokens", "2048", "--budget", "1/64"], "budget_tokens=32 must be at least 36"),
         (["tasks", *novel, "--budget", "much"], "1/32 or 0.03125"),
         (["tasks", *novel, "--tokens", "4K"], "--tokens '4K' must be a number"),
         (["tasks", *novel, "--document", str(texts / "again" / "novel.txt")], "two documents are called novel.txt"),
