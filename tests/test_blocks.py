@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import rows
 import torch
 
 from hga import HGAConfig
@@ -15,18 +16,7 @@ from hga.store import MemoryStore
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, REPEATS, WIDTH = 2, 3, 16
-CONFIG = HGAConfig(
-    chunk_size=32,
-    group_size=4,
-    node_size=4,
-    overselection="all",
-    group_key_bits=None,
-    sink_tokens=4,
-    window_tokens=12,
-    budget_tokens=48,
-    prefill="routed",
-    dense_below=70,
-)
+CONFIG = rows.SMALL.replace(summary_dtype="auto", dense_below=70)
 CONFIGS = {
     "dense, then routed": CONFIG,
     "exact": CONFIG.replace(prefill="exact"),

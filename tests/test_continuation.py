@@ -1,23 +1,14 @@
 """Long generation under a rule: compared with what transformers generates and with plain forwards."""
 
 import pytest
+import rows
 import torch
 from tiny_model import tiny_model
 
 import hga
 from hga.evals.continuation import agree, drift
 
-SMALL = hga.HGAConfig(
-    chunk_size=32,
-    group_size=4,
-    node_size=4,
-    overselection="all",
-    group_key_bits=None,
-    sink_tokens=4,
-    window_tokens=12,
-    budget_tokens=32,
-    prefill="routed",
-)
+SMALL = rows.SMALL.replace(summary_dtype="auto", budget_tokens=32)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import rows
 import torch
 from torch import Tensor
 
@@ -15,17 +16,7 @@ from hga.ops.precision import Rows
 from hga.store import MemoryStore
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BASE = HGAConfig(
-    chunk_size=32,
-    group_size=4,
-    node_size=4,
-    overselection="all",
-    group_key_bits=None,
-    sink_tokens=4,
-    window_tokens=12,
-    budget_tokens=64,
-    prefill="routed",
-)
+BASE = rows.SMALL.replace(summary_dtype="auto", budget_tokens=64)
 CONFIGS = {
     "balanced": BASE,
     "per_head": BASE.replace(selection="per_head"),

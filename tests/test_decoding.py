@@ -7,6 +7,7 @@ from typing import Any
 
 import families
 import pytest
+import rows
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,18 +24,7 @@ from hga.store import MemoryStore
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, REPEATS, WIDTH = 2, 2, 16
-CONFIG = HGAConfig(
-    chunk_size=32,
-    group_size=4,
-    node_size=4,
-    overselection="all",
-    group_key_bits=None,
-    sink_tokens=4,
-    window_tokens=12,
-    budget_tokens=48,
-    prefill="routed",
-    dense_below=100,
-)
+CONFIG = rows.SMALL.replace(summary_dtype="auto", dense_below=100)
 CONFIGS = {
     "shared": CONFIG,
     "per head, device": CONFIG.replace(selection="per_head", store="device"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import families
 import pytest
+import rows
 import test_parity
 import torch
 from tiny_model import tiny_model
@@ -93,17 +94,7 @@ def test_the_default_model_writes_the_same_from_ram_and_from_nvme(default_model)
 
 # ---- faults --------------------------------------------------------------------------------------------
 
-TINY = HGAConfig(
-    chunk_size=32,
-    group_size=4,
-    node_size=4,
-    overselection="all",
-    group_key_bits=None,
-    sink_tokens=4,
-    window_tokens=12,
-    budget_tokens=48,
-    prefill="routed",
-)
+TINY = rows.SMALL.replace(summary_dtype="auto")
 
 
 @torch.no_grad()
