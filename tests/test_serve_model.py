@@ -13,8 +13,6 @@ pytest.importorskip("openai")
 from server import Running, serving
 
 import hga
-from hga.integrations.transformers.forward import forward_with_cache
-from hga.serving.answer import CPU_BLOCK_TOKENS
 
 pytestmark = pytest.mark.weights
 CONFIG = hga.HGAConfig(budget_tokens=128)  # routed beyond 512 tokens
@@ -136,35 +134,3 @@ def test_eight_clients_on_one_long_document_read_it_once(server: Running, docume
     for n in (0, 7):
         expected = generated(server, chat_ids(server, chats[n]), 5)
         assert answers[n].choices[0].message.content == expected
-
-
-def test_a_document_of_6000_tokens_is_read_once(server: Running) -> None:
-    book = "A book.\n" + (files("hga.data") / "thursday.txt").read_text(encoding="utf-8")
-    text = server.tokenizer.decode(server.tokenizer(book).input_ids[:6000])
-    chats = [[{"role": "user", "content": f"{text}\n\n{question}"}] for question in ("Who speaks?", "Where are they?")]
-    waits, cached, answers = [], [], []
-    for chat in chats:
-        started, wait, answer, usage = time.monotonic(), 0.0, "", None
-        for chunk in ask(server, chat, 6, stream=True, stream_options={"include_usage": True}):
-            piece = chunk.choices[0].delta.content if chunk.choices else ""
-            wait = wait or (time.monotonic() - started if piece else 0.0)
-            answer, usage = answer + (piece or ""), chunk.usage or usage
-        assert usage is not None
-        assert usage.prompt_tokens >= 6000
-        waits.append(wait)
-        cached.append(usage.prompt_tokens_details.cached_tokens)
-        answers.append(answer)
-    assert cached[0] < 100
-    assert cached[1] >= 6000
-    assert waits[0] > 5 * waits[1], waits
-    server.wait_until_idle()
-    # `generate` goes on from a cache that was read in the server's blocks: in float32 others round otherwise, and over
-    # thousands of tokens, of which a 47th is attended, that decides what is routed to (in float64 it does not).
-    cache, prompts = hga.HGACache(config=server.model.config, hga_config=CONFIG), [chat_ids(server, c) for c in chats]
-    for start in range(0, len(prompts[0]) - CPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS):
-        with torch.no_grad():
-            block = torch.tensor([prompts[0][start : start + CPU_BLOCK_TOKENS]])
-            forward_with_cache(server.model, block, cache)
-    assert answers[0] == generated(server, prompts[0], 6, past_key_values=cache)
-    cache.keep_first(hga.common_prefix(*prompts))
-    assert answers[1] == generated(server, prompts[1], 6, past_key_values=cache)
