@@ -19,7 +19,7 @@ from hga.config import HGAConfig
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-_RULES = ("contiguous", "lean", "balanced", "fidelity")
+_RULES = ("contiguous", "lean", "balanced")
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
 
