@@ -34,7 +34,8 @@ def fidelity_table(rows: list[dict[str, Any]]) -> str:
         "| model, tokens, document | " + " | ".join(_RULES) + " |",
         "| --- |" + " --- |" * len(_RULES),
     ]
-    keys = sorted({(row["model"], row["tokens"], row["document"]) for row in rows}, reverse=True)
+    measured = [row for row in rows if row["rule"] == "balanced"]
+    keys = sorted({(row["model"], row["tokens"], row["document"]) for row in measured}, reverse=True)
     for model, tokens, document in keys:
         cells = []
         for rule in _RULES:
