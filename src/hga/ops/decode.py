@@ -40,7 +40,9 @@ both on the CPU: the first counts[p] of groups[p], counted from the archive's st
 int64 (B Hkv,), beside the model: where those of each lie, one [2, g, D] behind another, until the next call.
 """
 
-_SELECTED_AT_ONCE = 1024
+SELECTION_BLOCK = 1024
+"""Columns that a program looks at once while it chooses; both passes over them must cut them alike."""
+
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
 _MANY_UNITS = 1 << 15
 _MOST_SPLITS = 128
@@ -57,7 +59,7 @@ def _selection_splits(columns: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     most = _SELECTION_SPLITS * (2 if columns > _MANY_UNITS else 1)
-    return max(2, min(most, 1 << (columns // _SELECTED_AT_ONCE).bit_length()))
+    return max(2, min(most, 1 << (columns // SELECTION_BLOCK).bit_length()))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.ops.coding import NUMBERS_PER_BYTE, Codes
-from hga.ops.decode import CODED_BLOCK, Bring, Choice
+from hga.ops.decode import CODED_BLOCK, SELECTION_BLOCK, Bring, Choice
 from hga.ops.kernels.code_scores import score_codes_kernel
 from hga.ops.kernels.decode_step import TYPES, Step, lacks_fp8, widened
 from hga.ops.kernels.scores import score_kernel
@@ -17,7 +17,6 @@ from hga.ops.kernels.slots import assign_kernel, fetch_kernel
 from hga.ops.precision import Rows
 
 _FETCH_PROGRAMS = 32
-_SELECTION_BLOCK = 1024  # of both passes over the columns: their splits must be the same columns
 
 
 def score_summaries(
@@ -162,7 +161,7 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         PARTS=parts,
         PARTS_B=triton.next_power_of_2(parts),
         SPLITS=splits,
-        BLOCK=_SELECTION_BLOCK,
+        BLOCK=SELECTION_BLOCK,
         GROUP=config.group_size,
         PER_NODE=per_node,
         FIRST=first,
@@ -183,7 +182,7 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         units,
         SELECTORS=step.selectors_each,
         SPLITS=splits,
-        BLOCK=_SELECTION_BLOCK,
+        BLOCK=SELECTION_BLOCK,
         PER_NODE=per_node,
         FIRST=first,
         num_warps=8,
