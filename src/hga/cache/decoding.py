@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +50,7 @@ class Decoding:
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
         """Tell the device what is in use, unless another layer has told it already. ValueError for bad K/V."""
         shared = self._on(device, len(rows))
-        numbers = tuple([(row.near_length, row.chunks, step, 0) for row in rows])
+        numbers = tuple([(*row.in_use(), step, 0) for row in rows])
         if numbers == shared.published:
             return
         self.check_faults(device)
@@ -146,7 +145,7 @@ class LayerDecoder:
         self._by_address = True  # kernels read the store's chunks; else groups are brought
         self._ids: list[Tensor] = []  # of the rows' chunks in the store, where they are brought
         self._brought: Tensor | None = None  # their copy, where a GPU cannot read host memory
-        self._stacked: list[Tensor] = []  # what the rows held when they were stacked
+        self._stacked: list[tuple[Tensor, Tensor]] = []  # what the rows held when they were stacked
 
     def prepare(self, rows: list[Row], step: int) -> None:
         """Bring counts, buffers and addresses up to date for a token that the rows count already."""
@@ -154,7 +153,7 @@ class LayerDecoder:
         self._decoding.publish(rows, step, device)
         if self._layer is None or not self._holds(rows):
             self._layer = self._stack(rows)
-            self._stacked = [buffer for row in rows for buffer in _buffers(row)]
+            self._stacked = [(row.near_buffers()[0], row.archive.summaries.node_keys.buffers.data) for row in rows]
             self._known = [(row.archive.reopenings, []) for row in rows]
             self._ids = [torch.empty(0, dtype=torch.int64)] * len(rows)
             self._decoding.generation += 1
@@ -225,8 +224,9 @@ class LayerDecoder:
 
     def _holds(self, rows: list[Row]) -> bool:
         """Whether the rows still hold the very views that were stacked."""
-        held = [buffer for row in rows for buffer in _buffers(row)]
-        return len(held) == len(self._stacked) and all(map(operator.is_, held, self._stacked))
+        return len(rows) == len(self._stacked) and all(
+            row.holds(near, nodes) for row, (near, nodes) in zip(rows, self._stacked, strict=True)
+        )
 
     def _stack(self, rows: list[Row]) -> DecodeLayer:
         near = [_stack_grown([row.near_buffers()[side] for row in rows]) for side in range(2)]
@@ -258,11 +258,6 @@ class LayerDecoder:
             scratch=self._decoding.scratch(self._config, (batch, kv_heads, repeats, width), chunks, device),
             faults=self._decoding.faults(device),
         )
-
-
-def _buffers(row: Row) -> tuple[Tensor, Tensor]:
-    """What changes whenever a row's buffers move: `near` and summaries move all together or not at all."""
-    return row.near_buffers()[0], row.archive.summaries.node_keys.buffers.data
 
 
 def _stack_summaries(rows: list[GrowingRows]) -> Rows | None:

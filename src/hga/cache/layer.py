@@ -238,6 +238,8 @@ class HGALayer(CacheLayerMixin):
         if by_kernels:
             assert self._decoder is not None
             out = self._decoder.attend(query, keys, values, scoring)
+            if not self._decoding.active:
+                self._count_token()
         else:
             out = self._attend_rows(query, keys, values, pads, scoring)
         # Only now: after an error on the way, such as a full host, layers disagree, and the next update refuses.
@@ -288,8 +290,13 @@ class HGALayer(CacheLayerMixin):
             raise
 
     def end_token(self) -> None:
-        """The step that `begin_token` began is done."""
+        """The step that `begin_token` began is done, or under way on the device."""
         self._seen += 1
+        self._count_token()
+
+    def _count_token(self) -> None:
+        for row in self.rows:
+            row.end_token()
 
     def take_back_token(self) -> None:
         """The step that `begin_token` began has failed."""

@@ -143,12 +143,23 @@ class Row:
                 buffer[:, : self.near_length] = held
             self._keys, self._values = moved
         self.length += 1
-        # What a union of R choices fetches is counted by the kernels.
+
+    def end_token(self) -> None:
+        """Count what the begun token attended to. What a union of R choices fetches is counted by the kernels."""
         self._count(self.length - 1, 1, self.chunks, None, 0)
 
     def take_back_token(self) -> None:
         """Undo `begin_token`: the step failed."""
         self.length -= 1
+
+    def in_use(self) -> tuple[int, int]:
+        """Tokens in `near` and closed chunks."""
+        chunks = 0 if self._archive is None else len(self._archive.chunks)
+        return self.length - chunks * self._config.chunk_size, chunks
+
+    def holds(self, near: Tensor, nodes: Tensor) -> bool:
+        """Whether these are its buffers still: `near` and summaries move all together or not at all."""
+        return self._archive is not None and self._keys is near and self._archive.summaries.node_keys.is_held(nodes)
 
     def near_buffers(self) -> tuple[Tensor, Tensor]:
         """The buffers of `near` (Hkv, capacity, D), what is not in use included."""

@@ -81,6 +81,10 @@ class GrowingRows:
         """The whole buffers (Hkv, capacity, D), what is not in use included."""
         return Rows(self._held(), self._scale)
 
+    def is_held(self, data: Tensor) -> bool:
+        """Whether `data` is the buffer of rows still."""
+        return self._data is data
+
     def move_to(self, buffers: Rows) -> None:
         """Live in other buffers, which hold the same rows."""
         self._shared = self._shared and buffers.data.data_ptr() == self._held().data_ptr()
