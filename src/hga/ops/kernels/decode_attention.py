@@ -96,7 +96,7 @@ def attend_far(step: Step, units: Choice, first: int) -> None:
         step.parts_stride,
         NEAR_SPLITS + CACHED_SPLITS,
         **step.tile,
-        BLOCK=128 if step.encoding["FP8"] else 64,
+        BLOCK=64 if step.values[0].dtype.itemsize > 1 else 128,
         SPLITS=splits,
         PARTS_B=triton.next_power_of_2(units.parts),
         FIRST=first,

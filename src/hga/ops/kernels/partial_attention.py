@@ -37,10 +37,35 @@ def _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr)
 
 
 @triton.jit
-def _add_summaries(total, sums, weights, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """Add weights (RB, K) times encoded values (K, D) with their scales (K,)."""
-    if FP8:
-        values = values * scales.to(DTYPE)[:, None]
+def _load_values(
+    data,
+    scales,
+    rows,
+    inside,
+    d,
+    width,
+    HALF: tl.constexpr,
+    FP8: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Mean values (K, D) as DTYPE; HALF: the bytes of a row in four bits a number, else 0."""
+    if HALF > 0:
+        mask = inside[:, None] & (d < width)[None, :]
+        # Each byte is read for both of its numbers, at once, so that rows come in the order of their numbers.
+        codes = tl.load(data + rows[:, None] * HALF + (d % HALF)[None, :], mask=mask, other=0)
+        values = ((codes >> (d // HALF * 4).to(tl.uint8)[None, :]) & 15).to(DTYPE) - 7.5
+        scale = tl.load(scales + rows, mask=inside, other=0.0)
+    else:
+        values, scale = load_summaries(data, scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+    if HALF > 0 or FP8:
+        values = (values * scale.to(DTYPE)[:, None]).to(DTYPE)
+    return values
+
+
+@triton.jit
+def _add_summaries(total, sums, weights, values, DTYPE: tl.constexpr):
+    """Add weights (RB, K) times values (K, D)."""
     sums += tl.dot(weights.to(DTYPE), values, input_precision="ieee")
     return total + weights, sums
 
@@ -82,6 +107,7 @@ def attend_far_kernel(
     SPLITS: tl.constexpr,
     PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
+    HALF: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -105,9 +131,9 @@ def attend_far_kernel(
         s_mask = (r < ROWS)[:, None] & far[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
         rows = problem.to(tl.int64) * capacity + k
-        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        value = _load_values(values, value_scales, rows, inside, d, width, HALF, FP8, BY_BITS, DTYPE)
         weights = tl.exp(s + log_size - peak[:, None])
-        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
+        total, sums = _add_summaries(total, sums, weights, value, DTYPE)
     _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
@@ -142,6 +168,7 @@ def attend_listed_far_kernel(
     FIRST: tl.constexpr,
     PER_NODE: tl.constexpr,
     PER_NODE_B: tl.constexpr,
+    HALF: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -162,7 +189,7 @@ def attend_listed_far_kernel(
         inside = k < stop
         node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
         rows = problem.to(tl.int64) * capacity + node
-        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        value = _load_values(values, value_scales, rows, inside, d, width, HALF, FP8, BY_BITS, DTYPE)
         column = FIRST + k[:, None] * PER_NODE + g[None, :]  # (BLOCK, PER_NODE_B)
         scored = inside[:, None] & (g < PER_NODE)[None, :]
         bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=scored, other=0)
@@ -171,7 +198,7 @@ def attend_listed_far_kernel(
         at = lines[:, None, None] * scores_stride + column[None, :, :]
         s = tl.load(scores + at, mask=s_mask, other=_NEVER)  # (RB, BLOCK, PER_NODE_B)
         weights = tl.sum(tl.exp(s + log_size - peak[:, None, None]), 2)
-        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
+        total, sums = _add_summaries(total, sums, weights, value, DTYPE)
     _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
