@@ -254,6 +254,12 @@ def test_a_newer_format(model: Any, path: Path) -> None:
         read_context(path)
 
 
+def test_an_older_format(model: Any, path: Path) -> None:
+    rewrite(path, lambda metadata: metadata.update(format_version="2"))
+    with pytest.raises(ValueError, match=r"format version '2', this hga reads 3"):
+        HGACache.load(path, model)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -37,7 +37,7 @@ def test_the_best_of_the_steps_is_taken():
     rows[::2, 5] *= 3  # one number stands apart
     rows[7] = 0
     error = (decode_nibbles(encode_nibbles(rows), torch.float32) - rows).norm(dim=-1)
-    assert (error <= 0.15 * rows.norm(dim=-1) + 1e-30).all()
+    assert (error <= 0.25 * rows.norm(dim=-1) + 1e-30).all()
     for tenths in TENTHS:
         step = (rows.abs().amax(-1, keepdim=True) * tenths / 75).clamp(min=1e-37).bfloat16().float()
         other = ((rows / step).floor().clamp(-8, 7) + 0.5) * step

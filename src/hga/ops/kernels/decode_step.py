@@ -59,7 +59,8 @@ class Step:
             bits = data.view(torch.uint8) if scaled else data
             self.values = (bits, scale if scaled else data, data.shape[2])
             self.encoding = {
-                "HALF": self.width // 2 if halved else 0,
+                "WIDE": padded_width(data.shape[3]),
+                "HALVED": halved,
                 "FP8": scaled and not halved,
                 "BY_BITS": lacks_fp8(query.device),
                 "DTYPE": widened(query.dtype) if scaled else TYPES[query.dtype],
