@@ -32,6 +32,7 @@ from hga.evals.recall import measure_recall
 from hga.evals.rules.peers import PEERS
 from hga.evals.rules.simulated import SimulatedRule
 from hga.evals.rules.tile import Attended, Tile
+from hga.ops.nibbles import decode_nibbles, encode_nibbles, nibble_bytes
 from hga.ops.ordering import content_order
 from hga.ops.precision import decode_rows, encode_rows
 from hga.ops.routing import NEVER, score
@@ -49,7 +50,8 @@ class Variant(SimulatedRule):
     the chunk's mean is taken off, channels are divided by their spread to the power of 0 ("h"), 1/2 ("n") or 1 ("w")
     and mixed by a Hadamard matrix, and a row has a step of its own; with a "t" behind, what is coded is the difference
     to the mean of 16 tokens, which has 4 bits; with "f" and a size behind, the difference to the mean of so many
-    tokens, which is kept in fp8. A capital letter leaves the mixing out: "W2f16" is hga's `group_key_bits=2`.
+    tokens, which is kept in fp8. A capital letter leaves the mixing out: "W2f16" is how hga codes groups' keys, and
+    "row4" how it codes nodes' values: 4 bits and the best of some steps a row, nothing taken off.
     value_size: tokens of a mean value (a multiple of group_size).
     vote: how the R heads of a KV head agree: "local" adds softmax masses over the candidates, as hga does;
     "global" adds shares of the whole attention, sink and window included; "max" takes the largest of those;
@@ -82,10 +84,11 @@ class Variant(SimulatedRule):
         """Key, value and node summaries, and spreads."""
 
         def row(code: str) -> float:
-            return {"exact": 2.0 * width, "fp8": width + 2.0}.get(code) or width * int(code[1]) / 8 + 1
+            whole = {"exact": 2.0 * width, "fp8": width + 2.0, "row4": nibble_bytes(width)}
+            return whole.get(code) or width * int(code[1]) / 8 + 1
 
         def unit(code: str, size: int) -> float:
-            if code in ("exact", "fp8"):
+            if code in ("exact", "fp8", "row4"):
                 return row(code) / size
             beside = (2 if code[0] == "h" else 4) * width / self.chunk_size
             return row(code) / size + beside + (row("h4") / 16 if code[-1] == "t" else 0)
@@ -260,6 +263,8 @@ def recode(rows: Tensor, code: str, size: int) -> Tensor:
         return rows
     if code == "fp8":
         return decode_rows(encode_rows(rows, torch.float8_e4m3fn), rows.dtype)
+    if code == "row4":
+        return decode_nibbles(encode_nibbles(rows), rows.dtype)
     power, bits = {"h": 0.0, "n": 0.5, "w": 1.0}[code[0].lower()], int(code[1])
     if "f" in code:
         return _recode_differences(rows, power, bits, code[0].islower(), int(code.split("f")[1]) // size)
@@ -325,6 +330,7 @@ BASES: dict[str, dict[str, Any]] = {
         "window_tokens": 32,
         "key_code": "W2f16",
         "value_size": 16,
+        "value_code": "row4",
         "node_size": 16,
         "overselection": 8,
     },

@@ -70,6 +70,7 @@ def main() -> None:
             "ordering": config.ordering,
             "summary_dtype": resolve_summary_dtype(config.summary_dtype, torch.bfloat16),
             "far_field": config.far_field,
+            "coded": config.coded,
         }
         for chunks in map(int, options.chunks.split(",")):
             keys, values = draw(chunks * config.chunk_size, generator)

@@ -27,7 +27,6 @@ from hga.cache.summaries import Summaries
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
 from hga.ops.kernels.closing import close_chunks
 from hga.ops.kernels.decode import attend_decode
-from hga.ops.precision import Rows
 
 KV_HEADS, REPEATS, HEAD_DIM = 4, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -55,22 +54,22 @@ def make_layer(config: hga.HGAConfig, context: int, near: int) -> tuple[DecodeLa
             ordering=config.ordering,
             summary_dtype=torch.float8_e4m3fn,
             far_field=config.far_field,
-            group_key_bits=config.group_key_bits,
+            coded=config.coded,
         )
         records[start : start + count].copy_(closed.records)
         held.append(closed)
-    rows = {
-        name: Rows(*(x[None].contiguous() for x in getattr(held, name).held())) for name in ("node_keys", "node_values")
-    }
-    group_keys = held.held_group_keys() if config.two_level else None
+
+    def batched(rows: Any) -> Any:
+        return type(rows)(*(x[None].contiguous() for x in rows))
+
     stride = layout.chunk_bytes
     near_kv = [torch.randn(1, KV_HEADS, 512, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     layer = DecodeLayer(
         near_keys=near_kv[0],
         near_values=near_kv[1],
-        node_keys=rows["node_keys"],
-        node_values=rows["node_values"],
-        group_keys=None if group_keys is None else type(group_keys)(*(x[None].contiguous() for x in group_keys)),
+        node_keys=batched(held.node_keys.held()),
+        node_values=batched(held.held_node_values()),
+        group_keys=batched(held.held_group_keys()) if config.two_level else None,
         addresses=(records.data_ptr() + torch.arange(chunks) * stride)[None].cuda(),
         slots=SlotCache.allocate(config, KV_HEADS, REPEATS, chunks, near_kv[0]),
         scratch=Scratch.allocate(config, 1, KV_HEADS, REPEATS, HEAD_DIM, chunks, torch.device("cuda")),

@@ -67,7 +67,7 @@ class Prompt:
             ordering=config.ordering,
             summary_dtype=resolve_summary_dtype(config.summary_dtype, DTYPE),
             far_field=config.far_field,
-            group_key_bits=config.group_key_bits,
+            coded=config.coded,
         )
         self.records = closed.records
         self.closed = ClosedChunks(closed.records, closed.node_keys, closed.node_values, closed.group_keys)

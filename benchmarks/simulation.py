@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.coding import decode_differences, encode_differences
+from hga.ops.nibbles import decode_nibbles, encode_nibbles
 from hga.ops.ordering import content_order
 from hga.ops.precision import compute_dtype, decode_rows, encode_rows, resolve_summary_dtype
 from hga.ops.summaries import summarise_keys
@@ -89,9 +90,12 @@ def _tile(
     node_keys = summarise_keys(grouped_keys[:, : nodes * node], node, frequencies)
     node_keys = decode_rows(encode_rows(node_keys, stored), key.dtype)
     node_values = grouped_values[:, : nodes * node].unflatten(1, (-1, node)).mean(2)
-    node_values = decode_rows(encode_rows(node_values, stored), key.dtype)
+    if config.coded:
+        node_values = decode_nibbles(encode_nibbles(node_values), key.dtype)
+    else:
+        node_values = decode_rows(encode_rows(node_values, stored), key.dtype)
     node_scores = torch.einsum("hrmd,hnd->hrmn", query, node_keys)
-    if config.group_key_bits is not None and nodes:
+    if config.coded and nodes:
         coded = encode_differences(group_keys[:, :archived], node_keys, closed // config.chunk_size)
         rounded = decode_differences(coded, node_keys)
     else:

@@ -88,15 +88,13 @@ def new_cache(model: PreTrainedModel) -> HGACache:
         ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8': .*not built yet; use kv_dtype='model'"),
-        ({"group_key_bits": 3}, "group_key_bits=3 must be 2 or None"),
-        ({"group_key_bits": 2.0}, "group_key_bits=2.0 must be 2 or None"),
         (
             {"overselection": "all", "node_size": 4},
-            "group_key_bits=2 codes differences .* needs a numeric overselection .* got 'all' and 'mean'",
+            "coded=True keeps differences .* needs a numeric overselection .* got 'all' and 'mean'",
         ),
         (
             {"ordering": "position", "summary": "mixed_rope"},
-            "group_key_bits=2 codes .* summary='mean', got 3 and 'mixed_rope'; use group_key_bits=None",
+            "coded=True keeps .* summary='mean', got 3 and 'mixed_rope'; use coded=False",
         ),
         (
             {"chunk_size": 96, "node_size": 12, "ordering": "position"},
@@ -120,6 +118,7 @@ def test_config_values(changes: dict[str, Any], message: str) -> None:
         ({"budget_tokens": "64"}, "budget_tokens='64' must be an integer"),
         ({"chunk_size": True}, "chunk_size=True must be an integer"),
         ({"far_field": 1}, "far_field=1 must be True or False"),
+        ({"coded": 2}, "coded=2 must be True or False"),
     ],
 )
 def test_config_types(changes: dict[str, Any], message: str) -> None:

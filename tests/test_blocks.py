@@ -21,7 +21,7 @@ CONFIGS = {
     "dense, then routed": CONFIG,
     "exact": CONFIG.replace(prefill="exact"),
     "two levels": CONFIG.replace(node_size=8, overselection=2),
-    "coded": CONFIG.replace(node_size=16, overselection=2, group_key_bits=2),
+    "coded": CONFIG.replace(node_size=16, overselection=2, coded=True),
     "per head": CONFIG.replace(selection="per_head"),
 }
 

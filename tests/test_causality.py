@@ -11,7 +11,7 @@ from hga.config import HGAConfig
 CONFIGS = {
     "one level": SMALL,
     "two levels": SMALL.replace(node_size=16, overselection=2),
-    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, group_key_bits=2),
+    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, coded=True),
     "per head": SMALL.replace(selection="per_head"),
     "by position": SMALL.replace(ordering="position"),
     "no far field": SMALL.replace(far_field=False, node_size=8, overselection=2),

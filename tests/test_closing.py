@@ -341,7 +341,7 @@ def coded_error(codes: Codes, nodes: Tensor, means: Tensor) -> Tensor:
 def test_coded_keys_of_kernel_and_reference(name, dtype):
     """Two bits keep all but an eighth of the variance (0.119 for a normal variable), the kernel as the reference."""
     heads, chunks, width, changes = CODED[name]
-    how = rule(group_key_bits=2, **changes)
+    how = rule(coded=True, **changes)
     keys, values = draw(heads, chunks * how["chunk_size"], width, dtype, seed=6)
     reference, kernel = close_chunks(keys, values, **how), close_by_kernel(keys, values, **how)
     for closed in (reference, kernel):
@@ -375,7 +375,7 @@ def test_coded_keys_of_kernel_and_reference(name, dtype):
 @BOTH
 @pytest.mark.parametrize("spoil", [_equal_keys, _constant, _constant_keys, _large, _tiny])
 def test_degenerate_chunks_are_coded_without_nan(close, spoil):
-    how = rule(chunk_size=16, group_size=2, node_size=8, summary_dtype=FP8, group_key_bits=2)
+    how = rule(chunk_size=16, group_size=2, node_size=8, summary_dtype=FP8, coded=True)
     keys, values = draw(1, 16, 16, torch.float16, seed=3)
     spoil(keys, values)
     closed = close(keys, values, **how)
@@ -388,7 +388,7 @@ def test_degenerate_chunks_are_coded_without_nan(close, spoil):
 
 def test_widths_that_fill_no_bytes_are_refused():
     keys, values = draw(1, 16, 18, torch.float32)
-    how = rule(chunk_size=16, group_size=2, node_size=8, group_key_bits=2)
+    how = rule(chunk_size=16, group_size=2, node_size=8, coded=True)
     for close in (close_chunks, kernels.close_chunks):
-        with pytest.raises(ValueError, match=r"head_dim=18 is no multiple of 4; use group_key_bits=None"):
+        with pytest.raises(ValueError, match=r"head_dim=18 is no multiple of 4; use coded=False"):
             close(keys, values, **how)

@@ -247,11 +247,17 @@ def test_another_safetensors_file(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_newer_format(model: Any, path: Path) -> None:
-    rewrite(path, lambda metadata: metadata.update(format_version="3"))
-    with pytest.raises(ValueError, match=r"format version 3, this hga reads 2; it needs a newer hga"):
+    rewrite(path, lambda metadata: metadata.update(format_version="4"))
+    with pytest.raises(ValueError, match=r"format version 4, this hga reads 3; it needs a newer hga"):
         HGACache.load(path, model)
     with pytest.raises(ValueError, match="it needs a newer hga"):
         read_context(path)
+
+
+def test_an_older_format(model: Any, path: Path) -> None:
+    rewrite(path, lambda metadata: metadata.update(format_version="2"))
+    with pytest.raises(ValueError, match=r"format version '2', this hga reads 3"):
+        HGACache.load(path, model)
 
 
 @pytest.mark.parametrize(

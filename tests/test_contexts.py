@@ -30,7 +30,7 @@ NAMES = ["llama", "gemma2", "gpt_oss", "qwen3_next", "qwen2-sliding"]
 CONFIGS = {
     "one level": SMALL,
     "two levels, fp8": SMALL.replace(node_size=16, overselection=2, summary_dtype="fp8"),
-    "coded": SMALL.replace(node_size=16, overselection=2, group_key_bits=2),
+    "coded": SMALL.replace(node_size=16, overselection=2, coded=True),
     "by position": SMALL.replace(ordering="position", summary="mixed_rope", far_field=False),
     "a dense layer": SMALL.replace(dense_layers=(0,)),
 }

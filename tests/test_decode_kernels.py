@@ -12,6 +12,7 @@ from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.ops.coding import Codes
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache, attend_decode
+from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
 from hga.store import MemoryStore
 
@@ -22,9 +23,9 @@ CONFIGS = {
     "per_head": BASE.replace(selection="per_head"),
     "no far field": BASE.replace(far_field=False),
     "two levels": BASE.replace(node_size=8, overselection=2),
-    "coded": BASE.replace(node_size=16, overselection=2, group_size=2, group_key_bits=2),
+    "coded": BASE.replace(node_size=16, overselection=2, group_size=2, coded=True),
     "coded per head, fp8": BASE.replace(
-        node_size=8, overselection=2, group_key_bits=2, selection="per_head", summary_dtype="fp8"
+        node_size=8, overselection=2, coded=True, selection="per_head", summary_dtype="fp8"
     ),
     "two levels per head": BASE.replace(node_size=16, overselection=1, selection="per_head"),
     "fp8": BASE.replace(summary_dtype="fp8"),
@@ -60,7 +61,8 @@ def decode_layer(config: HGAConfig, rows: list[Row], repeats: int) -> tuple[Deco
         data.view(torch.uint8).fill_(0xFF)  # NaN in every type
         scale = None
         if grown[0]._scale is not None:
-            scale = torch.full((len(rows), heads, count, 1), float("nan"), dtype=torch.bfloat16, device=data.device)
+            scale = grown[0]._scale.new_empty(len(rows), heads, count, 1)
+            scale.view(torch.uint8).fill_(0xFF)
         for index, one in enumerate(grown):
             data[index, :, : one.length] = one._data[:, : one.length]
             if scale is not None:
@@ -77,12 +79,15 @@ def decode_layer(config: HGAConfig, rows: list[Row], repeats: int) -> tuple[Deco
     group_keys, channels = stack("group_keys", config.group_size), stack("group_channels", config.chunk_size)
     if channels is not None:
         group_keys = Codes(*group_keys, channels.data)
+    node_values = stack("node_values", config.node_size)
+    if config.coded and node_values is not None:
+        node_values = Nibbles(*node_values)
     counts = torch.tensor([[row.near_length + 1, row.chunks, 1, 0] for row in rows], dtype=torch.int32)
     layer = DecodeLayer(
         near_keys=near[0],
         near_values=near[1],
         node_keys=stack("node_keys", config.node_size),
-        node_values=stack("node_values", config.node_size),
+        node_values=node_values,
         group_keys=group_keys,
         addresses=addresses.to(DEVICE),
         slots=SlotCache.allocate(config, len(rows) * heads, repeats, chunks, near[0]),

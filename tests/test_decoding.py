@@ -29,7 +29,7 @@ CONFIGS = {
     "shared": CONFIG,
     "per head, device": CONFIG.replace(selection="per_head", store="device"),
     "two levels": CONFIG.replace(node_size=8, overselection=2),
-    "coded": CONFIG.replace(node_size=8, overselection=2, group_key_bits=2),
+    "coded": CONFIG.replace(node_size=8, overselection=2, coded=True),
 }
 
 

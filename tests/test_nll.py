@@ -23,7 +23,7 @@ SMALL = {
     "group_size": 4,
     "node_size": 8,
     "overselection": 2,
-    "group_key_bits": None,
+    "coded": False,
     "sink_tokens": 4,
     "window_tokens": 16,
 }

@@ -27,7 +27,7 @@ SCENARIOS = {
 }
 RULES = {
     "one level": test_parity.SMALL,
-    "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4, group_key_bits=None),
+    "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4, coded=False),
     "by position": test_parity.SMALL.replace(ordering="position", prefill="auto"),
 }
 

@@ -288,8 +288,8 @@ def test_variants_are_dense_too(name: str, scenario: str) -> None:
     [
         {"selection": "per_head"},
         {"far_field": False},
-        {"overselection": "all", "node_size": 4, "group_key_bits": None},
-        {"ordering": "position", "summary": "mixed_rope", "group_key_bits": None},
+        {"overselection": "all", "node_size": 4, "coded": False},
+        {"ordering": "position", "summary": "mixed_rope", "coded": False},
         {"sink_tokens": 0, "window_tokens": 4},
         {"chunk_size": 64, "group_size": 16, "node_size": 64},
         {"dense_layers": (1,)},

@@ -14,6 +14,7 @@ from hga.cache.row import Row
 from hga.config import HGAConfig
 from hga.ops import prefill_routed
 from hga.ops.coding import Codes
+from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
 from hga.ops.prefill_routed import ClosedChunks
 
@@ -25,8 +26,8 @@ FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
 CONFIGS = {
     "one level": SMALL,
     "two levels": SMALL.replace(node_size=16, overselection=2),
-    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, group_key_bits=2),
-    "coded, fp8": SMALL.replace(node_size=8, overselection=2, group_key_bits=2, summary_dtype="fp8"),
+    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, coded=True),
+    "coded, fp8": SMALL.replace(node_size=8, overselection=2, coded=True, summary_dtype="fp8"),
     "per head": SMALL.replace(selection="per_head"),
     "per head, two levels": SMALL.replace(selection="per_head", node_size=16, overselection=2),
     "no far field": SMALL.replace(far_field=False, node_size=8, overselection=2),
@@ -68,7 +69,8 @@ def closed_of(config: HGAConfig, row: Row, opened: dict) -> ClosedChunks | None:
     if not row.chunks:
         return None
     summaries = row._archive.summaries
-    keys, values = (None if not x.length else x.held() for x in (summaries.node_keys, summaries.node_values))
+    keys = summaries.node_keys.held()
+    values = summaries.held_node_values() if config.far_field else None
     groups = summaries.held_group_keys() if config.two_level else None
     return ClosedChunks(opened["store"].read(row._archive.chunks)[0], keys, values, groups)
 
@@ -106,11 +108,11 @@ def cast(block: Block, dtype: torch.dtype) -> Block:
     return Block(query, (keys, values), closed, block.first, block.output)
 
 
-def _cast_rows(rows: Rows | Codes | None, dtype: torch.dtype) -> Rows | Codes | None:
+def _cast_rows(rows: Rows | Nibbles | Codes | None, dtype: torch.dtype) -> Rows | Nibbles | Codes | None:
     if rows is None:
         return None
-    if isinstance(rows, Codes):
-        return Codes(*(x.to(DEVICE) for x in rows))
+    if isinstance(rows, (Codes, Nibbles)):
+        return type(rows)(*(x.to(DEVICE) for x in rows))
     data = rows.data if rows.scale is not None else rows.data.to(dtype)
     return Rows(data.to(DEVICE), None if rows.scale is None else rows.scale.to(DEVICE))
 

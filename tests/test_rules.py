@@ -315,7 +315,7 @@ def test_variants_are_strictly_causal_and_keep_the_budget(name):
 
 def test_variants_start_from_rules_of_hga():
     given = sequence(700)
-    plain = HGAConfig(sink_tokens=16, window_tokens=64, budget_tokens=128, group_key_bits=None)
+    plain = HGAConfig(sink_tokens=16, window_tokens=64, budget_tokens=128, coded=False)
     for base, changes in (
         ("g4", {"group_size": 4, "node_size": 4, "overselection": "all"}),
         ("n32", {"group_size": 8, "node_size": 32, "overselection": 4}),
@@ -351,7 +351,7 @@ def test_metadata_bytes():
     assert shares["infllm"] == 1 / 32
     assert shares["retroinfer"] == pytest.approx(1 / 16 + 2 / 16 / 256)
     assert shares["oracle"] == 0.5
-    whole = HGAConfig(group_size=4, node_size=4, overselection="all", group_key_bits=None)
+    whole = HGAConfig(group_size=4, node_size=4, overselection="all", coded=False)
     assert RoutedRule.of(whole).metadata_share(64, 8192) == pytest.approx(2 * 66 / 4 / 256)
     coded = 2 * 130 / 32 + (32 + 2) / 4 + 128 / 256
     assert RoutedRule.of(HGAConfig.preset("lean")).metadata_share(128, 8192) == pytest.approx(coded / 512)

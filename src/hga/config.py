@@ -33,8 +33,8 @@ class HGAConfig:
         more. Equal to group_size when routing has one level.
     overselection: candidates per routed token: only the best nodes, which together hold this many times the
         routed tokens, have their groups scored. "all" scores every group (then node_size = group_size).
-    group_key_bits: 2 keeps a group's key as its difference from its node's, in two bits a number and a step a group
-        (two levels only); None keeps it as all other summaries.
+    coded: keep a group's key as its difference from its node's in two bits a number, a node's value in four bits, with
+        a step a row each (two levels only). False keeps them as node keys are (`summary_dtype`).
     sink_tokens: first tokens, always attended.
     window_tokens: most recent tokens, always attended. The window starts on a group boundary, so it holds
         between `window_tokens - group_size + 1` and `window_tokens` of them.
@@ -62,7 +62,7 @@ class HGAConfig:
     group_size: int = 2
     node_size: int = 16
     overselection: int | Literal["all"] = 8
-    group_key_bits: Literal[2] | None = 2
+    coded: bool = True
     sink_tokens: int = 4
     window_tokens: int = 32
     budget_tokens: int = 2048
@@ -156,10 +156,9 @@ class HGAConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
-        if not isinstance(self.far_field, bool):
-            raise TypeError(f"far_field={self.far_field!r} must be True or False")
-        if self.group_key_bits not in (None, 2) or isinstance(self.group_key_bits, (bool, float)):
-            raise ValueError(f"group_key_bits={self.group_key_bits!r} must be 2 or None")
+        for name in ("far_field", "coded"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must be layer indices, 0 or more")
         if self.overselection != "all" and (
@@ -207,18 +206,17 @@ class HGAConfig:
                 "summary='mixed_rope' rotates keys to the middle of consecutive positions: it needs "
                 f"ordering='position', got {self.ordering!r}"
             )
-        if self.group_key_bits is not None:
+        if self.coded:
             if not self.two_level or self.summary != "mean":
                 raise ValueError(
-                    f"group_key_bits={self.group_key_bits} codes differences from the mean key of a node: it needs a "
-                    f"numeric overselection and summary='mean', got {self.overselection!r} and {self.summary!r}; use "
-                    "group_key_bits=None"
+                    "coded=True keeps differences from the mean key of a node: it needs a numeric overselection and "
+                    f"summary='mean', got {self.overselection!r} and {self.summary!r}; use coded=False"
                 )
             per_node = self.node_size // self.group_size
             if per_node & (per_node - 1):
                 raise ValueError(
-                    f"node_size / group_size = {per_node} must be a power of two with group_key_bits="
-                    f"{self.group_key_bits}; change one of them or use group_key_bits=None"
+                    f"node_size / group_size = {per_node} must be a power of two with coded=True; change one of them "
+                    "or use coded=False"
                 )
         if self.ram_cache_bytes is not None:
             if self.store not in ("nvme", "auto"):
@@ -244,7 +242,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group_size": 16,
         "node_size": 64,
         "overselection": 2,
-        "group_key_bits": None,
+        "coded": False,
         "sink_tokens": 128,
         "window_tokens": 512,
         "budget_tokens": 1152,
@@ -257,7 +255,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group_size": 16,
         "node_size": 16,
         "overselection": "all",
-        "group_key_bits": None,
+        "coded": False,
         "sink_tokens": 16,
         "window_tokens": 64,
         "ordering": "position",

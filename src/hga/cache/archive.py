@@ -52,7 +52,7 @@ class Archive:
             ordering=config.ordering,
             summary_dtype=self._summary_dtype,
             far_field=config.far_field,
-            group_key_bits=config.group_key_bits,
+            coded=config.coded,
             inverse_frequencies=self._inverse_frequencies,
         )
         try:

@@ -36,7 +36,7 @@ def attend_routed_block(
     closed = None
     if archive is not None:
         rows = archive.summaries
-        node_values = rows.node_values.held() if config.far_field else None
+        node_values = rows.held_node_values() if config.far_field else None
         group_keys = rows.held_group_keys() if config.two_level else None
         closed = ClosedChunks(archive.stage(), rows.node_keys.held(), node_values, group_keys)
     output = attend_prefill_routed(config, query, *near, closed, first, scoring.scale, scoring.softcap)

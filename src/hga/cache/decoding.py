@@ -13,6 +13,7 @@ from hga.cache.summaries import GrowingRows
 from hga.config import HGAConfig
 from hga.ops.coding import Codes
 from hga.ops.decode import DecodeLayer, Scratch, SlotCache
+from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
 from hga.store import Store
 from hga.store.host import HostBlock, allocate_host
@@ -232,18 +233,22 @@ class LayerDecoder:
         near = [_stack_grown([row.near_buffers()[side] for row in rows]) for side in range(2)]
         for index, row in enumerate(rows):
             row.move_near(near[0][index], near[1][index])
+        node_values: Rows | Nibbles | None
         group_keys: Rows | Codes | None
         node_keys, node_values, group_keys = (
             _stack_summaries([getattr(row.archive.summaries, name) for row in rows])
             for name in ("node_keys", "node_values", "group_keys")
         )
         assert node_keys is not None
-        if self._config.group_key_bits is not None:
+        if self._config.coded:
             channels = _stack_summaries([row.archive.summaries.group_channels for row in rows])
             assert group_keys is not None
             assert group_keys.scale is not None
             assert channels is not None
             group_keys = Codes(group_keys.data, group_keys.scale, channels.data)
+            if node_values is not None:
+                assert node_values.scale is not None
+                node_values = Nibbles(node_values.data, node_values.scale)
         batch, kv_heads, _, width = near[0].shape
         chunks = node_keys.data.shape[2] * self._config.node_size // self._config.chunk_size
         device, repeats = near[0].device, self._query_heads // kv_heads

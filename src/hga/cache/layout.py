@@ -6,6 +6,7 @@ import torch
 
 from hga.config import HGAConfig
 from hga.ops.coding import code_bytes
+from hga.ops.nibbles import nibble_bytes
 from hga.ops.precision import resolve_summary_dtype, row_bytes
 from hga.ops.tiles import closed_chunks
 from hga.store import RecordLayout
@@ -36,7 +37,8 @@ def archive_bytes(config: HGAConfig, layout: RecordLayout, layers: int, tokens: 
 def summary_bytes_per_token(config: HGAConfig, head_dim: int, kv_dtype: torch.dtype) -> float:
     """Bytes of summaries that one archived token of one KV head costs, scales included."""
     row = row_bytes(head_dim, resolve_summary_dtype(config.summary_dtype, kv_dtype))
-    per_node = row * (2 if config.far_field else 1) / config.node_size
-    if config.group_key_bits is not None:
+    of_value = nibble_bytes(head_dim) if config.coded else row
+    per_node = (row + (of_value if config.far_field else 0)) / config.node_size
+    if config.coded:
         return per_node + code_bytes(head_dim, config.group_size, config.chunk_size)
     return per_node + (row / config.group_size if config.two_level else 0.0)

@@ -102,7 +102,7 @@ def attend_routed(
     if archive is not None and candidates is not None:
         blocks = _opened_blocks(config, query, archive, candidates, opened[..., groups:])
         if config.far_field:
-            values = archive.summaries.node_values.blocks(work)
+            values = archive.summaries.node_value_blocks(work)
             logits, per_node = scores[..., groups:], config.node_size // size
             if candidates.nodes is None or candidates.node_logits is None:
                 parts.append(Part(logits, values, per_node))

@@ -10,6 +10,7 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.closing import Closed
 from hga.ops.coding import Codes, decode_differences
+from hga.ops.nibbles import Nibbles, decode_either
 from hga.ops.precision import Rows, decode_rows
 from hga.ops.routing import take_rows
 
@@ -43,11 +44,8 @@ class GrowingRows:
         self.length = min(self.length, length)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """All rows as `dtype`, (Hkv, some, D) at a time: the decoded copy stays small whatever the context."""
-        data, scale = self._held(), self._scale
-        for start in range(0, self.length, DECODED_AT_ONCE):
-            here = slice(start, min(self.length, start + DECODED_AT_ONCE))
-            yield decode_rows(Rows(data[:, here], None if scale is None else scale[:, here]), dtype)
+        """All rows as `dtype`, (Hkv, some, D) at a time."""
+        return decode_blocks(self.held(), dtype)
 
     def decode_units(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of units: ids (Hkv, U) -> (Hkv, U * unit, D) as `dtype`."""
@@ -119,6 +117,12 @@ class GrowingRows:
         return self._data
 
 
+def decode_blocks(rows: Rows | Nibbles, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows (Hkv, n, D) as `dtype`, some at a time: the decoded copy stays small whatever the context."""
+    for start in range(0, rows.data.shape[1], DECODED_AT_ONCE):
+        yield decode_either(rows, dtype, (slice(None), slice(start, start + DECODED_AT_ONCE)))
+
+
 class Summaries:
     """Group keys, node keys and (with a far field) node values of one row's closed chunks.
 
@@ -140,24 +144,36 @@ class Summaries:
         """Keep the summaries of closed chunks."""
         self.node_keys.append(closed.node_keys)
         if closed.node_values is not None:
-            self.node_values.append(closed.node_values)
+            self.node_values.append(Rows(*closed.node_values))
         if closed.group_keys is not None:
             self.group_keys.append(Rows(closed.group_keys.data, closed.group_keys.scale))
         if isinstance(closed.group_keys, Codes):
             self.group_channels.append(Rows(closed.group_keys.channels, None))
         self.chunks += closed.records.shape[0]
 
+    def held_node_values(self) -> Rows | Nibbles:
+        """The encoded or coded node values in use, with a far field only."""
+        data, scale = self.node_values.held()
+        if not self._config.coded:
+            return Rows(data, scale)
+        assert scale is not None
+        return Nibbles(data, scale)
+
+    def node_value_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """All node values as `dtype`, (Hkv, some, D) at a time."""
+        return decode_blocks(self.held_node_values(), dtype)
+
     def held_group_keys(self) -> Rows | Codes:
         """The encoded or coded group keys in use, two levels only."""
         rows = self.group_keys.held()
-        if self._config.group_key_bits is None:
+        if not self._config.coded:
             return rows
         assert rows.scale is not None
         return Codes(rows.data, rows.scale, self.group_channels.held().data)
 
     def group_key_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All group keys as `dtype`, (Hkv, some, D) at a time."""
-        if self._config.group_key_bits is None:
+        if not self._config.coded:
             yield from self.group_keys.blocks(dtype)
             return
         device, per_node = self.node_keys.device, self._config.node_size // self._config.group_size
@@ -168,7 +184,7 @@ class Summaries:
 
     def decode_group_keys(self, nodes: Tensor, dtype: torch.dtype) -> Tensor:
         """The keys of the groups of nodes (Hkv, U), as `dtype`: (Hkv, U * groups a node, D)."""
-        if self._config.group_key_bits is None:
+        if not self._config.coded:
             return self.group_keys.decode_units(nodes, dtype)
         data, scale = self.group_keys.take_units(nodes)
         assert scale is not None
@@ -182,7 +198,7 @@ class Summaries:
         parts = {"node_keys": self.node_keys}
         parts |= {"node_values": self.node_values} if config.far_field else {}
         parts |= {"group_keys": self.group_keys} if config.two_level else {}
-        return parts | ({"group_channels": self.group_channels} if config.group_key_bits else {})
+        return parts | ({"group_channels": self.group_channels} if config.coded else {})
 
     def restore(self, chunks: int, rows: dict[str, Rows]) -> None:
         """Be, from empty, the summaries of `chunks` chunks whose parts were these."""

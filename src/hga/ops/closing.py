@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hga.ops.coding import Codes, encode_differences
+from hga.ops.nibbles import Nibbles, encode_nibbles
 from hga.ops.ordering import content_order
 from hga.ops.precision import Rows, compute_dtype, decode_rows, encode_rows
 from hga.ops.routing import take_rows
@@ -20,13 +21,13 @@ class Closed(NamedTuple):
     records: (N, Hkv, G, 2, g, D) in the K/V's type, the K and V of each group side by side.
     order: int16 (N, Hkv, C), position inside the chunk of the token at each place; None for ordering="position".
     node_keys, node_values: encoded means a node, (Hkv, N C / node_size, D); no values without a far field.
-    group_keys: encoded means a group, (Hkv, N C / group_size, D), or their codes; None where a node is a group.
+    group_keys: encoded means a group, (Hkv, N C / group_size, D); None where a node is a group.
     """
 
     records: Tensor
     order: Tensor | None
     node_keys: Rows
-    node_values: Rows | None
+    node_values: Rows | Nibbles | None
     group_keys: Rows | Codes | None
 
 
@@ -40,15 +41,15 @@ def close_chunks(
     ordering: str,
     summary_dtype: torch.dtype,
     far_field: bool,
-    group_key_bits: int | None = None,
+    coded: bool = False,
     inverse_frequencies: Tensor | None = None,
 ) -> Closed:
     """Close whole chunks of post-RoPE keys and values, (Hkv, N C, D) in position order.
 
     Sizes are tokens, as in `HGAConfig`. ordering: "content" or "position". summary_dtype: how means are encoded
-    (`encode_rows`); group_key_bits: 2 for coded group keys. inverse_frequencies: (r,) for mixed-RoPE key summaries
-    (ordering="position" only), None for plain means. ValueError if keys and values are not the same whole number of
-    chunks.
+    (`encode_rows`); coded: group keys as `Codes`, node values as `Nibbles` instead. inverse_frequencies: (r,) for
+    mixed-RoPE key summaries (ordering="position" only), None for plain means. ValueError if keys and values are not the
+    same whole number of chunks.
     """
     check_chunks(keys, values, chunk_size)
     order = None
@@ -68,11 +69,14 @@ def close_chunks(
     group_keys: Rows | Codes | None = None
     if node_size > group_size:
         means = summarise_keys(keys, group_size, inverse_frequencies)
-        if group_key_bits is None:
+        if not coded:
             group_keys = encode_rows(means, summary_dtype)
         else:
             group_keys = encode_differences(means, decode_rows(node_keys, work), keys.shape[1] // chunk_size)
-    node_values = encode_rows(mean_rows(values, node_size), summary_dtype) if far_field else None
+    node_values: Rows | Nibbles | None = None
+    if far_field:
+        means = mean_rows(values, node_size)
+        node_values = encode_nibbles(means) if coded else encode_rows(means, summary_dtype)
     return Closed(records, order, node_keys, node_values, group_keys)
 
 

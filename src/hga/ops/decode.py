@@ -17,7 +17,8 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.attention import FarField, Part, attend_once
 from hga.ops.coding import Codes, decode_differences
-from hga.ops.precision import Rows, compute_dtype, decode_rows
+from hga.ops.nibbles import Nibbles, decode_either
+from hga.ops.precision import Rows, compute_dtype
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows
 from hga.ops.tiles import pending_capacity, pending_groups
@@ -146,7 +147,7 @@ class Scratch:
             nodes = Choice.allocate(lines, selectors, count, config.candidate_nodes, splits, device)
             listed = config.candidate_nodes * (config.node_size // config.group_size)
             columns = first + listed
-            if config.group_key_bits is not None:
+            if config.coded:
                 group_splits = max(2, min(2 * _MOST_SPLITS, -(-listed // CODED_BLOCK)))
         groups = Choice.allocate(lines, selectors, columns, config.routed_groups, group_splits + 1, device)
         total = NEAR_SPLITS + 2 * CACHED_SPLITS + splits
@@ -228,15 +229,15 @@ class SlotCache:
 class DecodeLayer:
     """What a decode step reads and writes of one layer; buffers of B rows, longer than what is in use.
 
-    near_keys, near_values (B, Hkv, P, D); node_keys, node_values, group_keys: Rows (B, Hkv, N, D), values only with
-    a far field, group keys only with two levels, as Rows or coded; addresses int64 (B, chunks): where each chunk's
-    record [Hkv, G, 2, g, D] lies, in host or device memory.
+    near_keys, near_values (B, Hkv, P, D); node_keys, node_values, group_keys: encoded rows (B, Hkv, N, D), values only
+    with a far field, group keys only with two levels; addresses int64 (B, chunks): where each chunk's record
+    [Hkv, G, 2, g, D] lies, in host or device memory.
     """
 
     near_keys: Tensor
     near_values: Tensor
     node_keys: Rows
-    node_values: Rows | None
+    node_values: Rows | Nibbles | None
     group_keys: Rows | Codes | None
     addresses: Tensor
     slots: SlotCache
@@ -293,9 +294,8 @@ def _attend_row(
     heads = query.shape[0]
     nodes, per_node = chunks * config.chunk_size // config.node_size, config.node_size // config.group_size
 
-    def rows(summary: Rows, count: int) -> Tensor:
-        scales = None if summary.scale is None else summary.scale[row, :, :count]
-        return decode_rows(Rows(summary.data[row, :, :count], scales), work)
+    def rows(summary: Rows | Nibbles, count: int) -> Tensor:
+        return decode_either(summary, work, (row, slice(None), slice(count)))
 
     node_scores = score(query, rows(layer.node_keys, nodes), softcap)  # (Hkv, R, 1, N)
     listed, group_scores = torch.ones_like(node_scores, dtype=torch.bool), node_scores[..., None]

@@ -11,7 +11,8 @@ from torch import Tensor
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Output, Part, attend
 from hga.ops.coding import Codes, decode_differences
-from hga.ops.precision import Rows, compute_dtype, decode_rows
+from hga.ops.nibbles import Nibbles, decode_either
+from hga.ops.precision import Rows, compute_dtype
 from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows, summarise_keys
 from hga.ops.tiles import closed_chunks
@@ -21,12 +22,12 @@ class ClosedChunks(NamedTuple):
     """The chunks that are closed by a block's end, in position order, where the queries are.
 
     records (N, Hkv, G, 2, g, D); node_keys, node_values (Hkv, N nodes, D) and group_keys (Hkv, N groups, D), as
-    encoded or coded. Values are needed with a far field only, group keys with two levels only.
+    `close_chunks` makes them. Values are needed with a far field only, group keys with two levels only.
     """
 
     records: Tensor
     node_keys: Rows
-    node_values: Rows | None
+    node_values: Rows | Nibbles | None
     group_keys: Rows | Codes | None
 
     def group_key_rows(self, config: HGAConfig, nodes: int, dtype: torch.dtype) -> Tensor:
@@ -153,6 +154,6 @@ def _far(scores: Tensor, counted: Tensor, tokens: int, means: Tensor) -> Part:
     return Part((scores + math.log(tokens)).masked_fill_(~counted, NEVER), means)
 
 
-def _decode(rows: Rows, count: int, dtype: torch.dtype) -> Tensor:
+def _decode(rows: Rows | Nibbles, count: int, dtype: torch.dtype) -> Tensor:
     """The first `count` rows (Hkv, count, D) as `dtype`."""
-    return decode_rows(Rows(rows.data[:, :count], None if rows.scale is None else rows.scale[:, :count]), dtype)
+    return decode_either(rows, dtype, (slice(None), slice(count)))

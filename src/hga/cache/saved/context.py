@@ -29,7 +29,7 @@ from hga.store import RecordLayout
 from hga.store.reader import PAGE_BYTES, Reader
 
 FORMAT = "hga-context"
-VERSION = 2
+VERSION = 3
 
 _PIECE_BYTES = 8192  # a group of 4 tokens is 2 KiB, in a record of 128 KiB: a question needs few of them
 

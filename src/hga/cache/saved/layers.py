@@ -71,17 +71,21 @@ def routed_layer(config: HGAConfig, chunks: int, near: tuple[int, int, int], dty
         held = chunks * config.chunk_size
         summary = resolve_summary_dtype(config.summary_dtype, dtype)
         units = {"node_keys": config.node_size}
-        units |= {"node_values": config.node_size} if config.far_field else {}
-        units |= {"group_keys": config.group_size} if config.two_level and config.group_key_bits is None else {}
+        if not config.coded:
+            units |= {"node_values": config.node_size} if config.far_field else {}
+            units |= {"group_keys": config.group_size} if config.two_level else {}
         for name, unit in units.items():
             specs.append(Spec(name, summary, (heads, held // unit, width)))
             if summary == torch.float8_e4m3fn:
                 specs.append(Spec(f"{name}_scale", torch.bfloat16, (heads, held // unit, 1)))
-        if config.group_key_bits is not None:
+        if config.coded:
             check_codable(width)
-            groups = held // config.group_size
+            nodes, groups = held // config.node_size, held // config.group_size
+            if config.far_field:
+                specs.append(Spec("node_values", torch.uint8, (heads, nodes, width // 2)))
+                specs.append(Spec("node_values_scale", torch.bfloat16, (heads, nodes, 1)))
             specs.append(Spec("group_keys", torch.uint8, (heads, groups, width // NUMBERS_PER_BYTE)))
-            specs.append(Spec("group_keys_scale", torch.bfloat16, (heads, groups, 1)))
+            specs.append(Spec("group_keys_scale", torch.uint8, (heads, groups, 1)))
             specs.append(Spec("group_channels", torch.float8_e4m3fn, (heads, chunks, width)))
         if layout.ordered:
             specs.append(Spec("order", torch.int16, (chunks, heads, config.chunk_size)))

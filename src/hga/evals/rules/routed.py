@@ -13,6 +13,7 @@ from hga.config import HGAConfig
 from hga.evals.rules.simulated import SimulatedRule
 from hga.evals.rules.tile import Attended, Tile
 from hga.ops.coding import decode_differences, encode_differences
+from hga.ops.nibbles import decode_nibbles, encode_nibbles
 from hga.ops.ordering import content_order
 from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype
 from hga.ops.routing import NEVER, choose, score
@@ -115,7 +116,7 @@ class RoutedRule(SimulatedRule):
 
         def keys(a: int, b: int) -> Tensor:
             means = summarise_keys(self._sorted(tile, tile.key, a, b), size, frequencies)  # (H, chunks, groups, D)
-            if self.config.group_key_bits is None or a == b:
+            if not self.config.coded or a == b:
                 return self._encoded(tile, means)
             nodes = self._encoded(tile, mean_rows(means, self.config.node_size // size)).flatten(1, 2)
             coded = encode_differences(means.flatten(1, 2), nodes, b - a)
@@ -143,7 +144,10 @@ class RoutedRule(SimulatedRule):
             return self._encoded(tile, summarise_keys(self._sorted(tile, tile.key, a, b), size, frequencies))
 
         def values(a: int, b: int) -> Tensor:
-            return self._encoded(tile, mean_rows(self._sorted(tile, tile.value, a, b), size))
+            means = mean_rows(self._sorted(tile, tile.value, a, b), size)
+            if not self.config.coded:
+                return self._encoded(tile, means)
+            return decode_nibbles(encode_nibbles(means), means.dtype)
 
         return (
             tile.once("node keys", chunks, keys).flatten(1, 2),

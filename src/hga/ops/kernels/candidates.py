@@ -18,7 +18,8 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.coding import Codes
 from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
-from hga.ops.precision import Rows, decode_rows
+from hga.ops.nibbles import decode_either
+from hga.ops.precision import Rows
 from hga.ops.prefill_routed import ClosedChunks
 from hga.ops.summaries import mean_rows, summarise_keys
 
@@ -94,20 +95,16 @@ def decode_summaries(config: HGAConfig, closed: ClosedChunks | None, chunks: int
     if config.far_field:
         if closed.node_values is None:
             raise ValueError("node_values=None with far_field=True; pass the nodes' mean values too")
-        values = decode_rows(_take(closed.node_values, count), query.dtype)
+        values = decode_either(closed.node_values, query.dtype, (slice(None), slice(count)))
     return Archived(nodes, groups, values)
 
 
 def _decode_keys(rows: Rows, count: int, dtype: torch.dtype) -> Units:
     """Key summaries in the query's type. fp8 numbers fit any type exactly; their scales stay apart, unrounded."""
-    data, scale = _take(rows, count)
+    data, scale = rows.data[:, :count], None if rows.scale is None else rows.scale[:, :count]
     if data.dtype.itemsize > 1 and data.dtype != dtype != torch.float32:
         raise ValueError(f"summaries of {data.dtype} with queries of {dtype}: the PyTorch path serves them")
     return Units(data.to(dtype), None if scale is None else scale[..., 0].float().contiguous())
-
-
-def _take(rows: Rows, count: int) -> Rows:
-    return Rows(rows.data[:, :count], None if rows.scale is None else rows.scale[:, :count])
 
 
 def unit_arguments(units: Units, means: Means | None, like: Tensor) -> tuple[Any, ...]:

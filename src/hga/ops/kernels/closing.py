@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.ops.closing import Closed, check_chunks
-from hga.ops.kernels.coding import code_groups
+from hga.ops.kernels.coding import code_groups, code_values
 from hga.ops.kernels.encode import encode_e4m3, round_bfloat16
 from hga.ops.ordering import POWER_ITERATIONS, VALUE_WEIGHT, start_vector
 from hga.ops.precision import Rows
@@ -33,7 +33,7 @@ def close_chunks(
     ordering: str,
     summary_dtype: torch.dtype,
     far_field: bool,
-    group_key_bits: int | None = None,
+    coded: bool = False,
     inverse_frequencies: Tensor | None = None,
 ) -> Closed:
     """As `hga.ops.closing.close_chunks`: keys, values (Hkv, N C, D) in position order, float16, bfloat16 or float32.
@@ -54,8 +54,8 @@ def close_chunks(
         return Rows(data, keys.new_empty(*data.shape[:2], 1, dtype=torch.bfloat16) if scaled else None)
 
     node_keys = rows(node_size)
-    node_values = rows(node_size) if far_field else None
-    group_keys = rows(group_size) if node_size > group_size and group_key_bits is None else None
+    node_values = rows(node_size) if far_field and not coded else None
+    group_keys = rows(group_size) if node_size > group_size and not coded else None
     padded_width, padded_group = (triton.next_power_of_2(x) for x in (width, group_size))
     groups = triton.next_power_of_2(node_size // group_size)
     groups = max(1, min(groups, _TILE_NUMBERS // 2 // (padded_group * padded_width)))
@@ -73,8 +73,9 @@ def close_chunks(
             D_PADDED=padded_width,
             num_warps=_warps(groups * padded_group * padded_width, 512),
         )
-    if group_key_bits is not None:
-        return Closed(records, order, node_keys, node_values, code_groups(records, node_keys))
+    if coded:
+        coded_values = code_values(records, node_size) if far_field else None
+        return Closed(records, order, node_keys, coded_values, code_groups(records, node_keys))
     return Closed(records, order, node_keys, node_values, group_keys)
 
 

@@ -18,6 +18,7 @@ from hga.ops.kernels.scores import (
     score_pending,
     split_range,
     widen_e4m3,
+    widen_step,
 )
 
 _PACKED = tl.constexpr(NUMBERS_PER_BYTE)
@@ -152,7 +153,7 @@ def score_codes_kernel(
             inside = listed_here[:, None] & (b < width // _PACKED)[None, :]
             at = unit[:, :, None] * (width // _PACKED) + b[None, None, :]
             here = tl.load(codes + at, mask=inside[:, None, :], other=0)
-            step = tl.load(steps + unit, mask=listed_here[:, None], other=0.0).to(tl.float32)
+            step = widen_step(tl.load(steps + unit, mask=listed_here[:, None], other=0))
             chunk = problem.to(tl.int64) * channel_capacity + node // PER_CHUNK
             channel = channels + chunk[:, None] * width + b[None, :] * _PACKED
             if softcap > 0:

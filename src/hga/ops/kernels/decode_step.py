@@ -13,13 +13,14 @@ from torch import Tensor
 
 from hga.config import HGAConfig
 from hga.ops.decode import PENDING_BLOCK, DecodeLayer, padded_width
+from hga.ops.nibbles import Nibbles
 from hga.ops.tiles import pending_capacity
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def widened(dtype: torch.dtype) -> tl.dtype:
-    """The type in which fp8 summaries meet queries and weights: e4m3 is exact in float16."""
+    """The type in which fp8 and coded summaries meet queries and weights: e4m3 is exact in float16."""
     return tl.float32 if dtype == torch.float32 else tl.float16
 
 
@@ -54,13 +55,15 @@ class Step:
         self.parts_stride = scratch.peaks.shape[1]
         if layer.node_values is not None:  # of the far field
             data, scale = layer.node_values
-            fp8 = scale is not None
-            bits = data.view(torch.uint8) if fp8 else data
-            self.values = (bits, scale if fp8 else data, data.shape[2])
+            halved, scaled = isinstance(layer.node_values, Nibbles), scale is not None
+            bits = data.view(torch.uint8) if scaled else data
+            self.values = (bits, scale if scaled else data, data.shape[2])
             self.encoding = {
-                "FP8": fp8,
+                "WIDE": padded_width(data.shape[3]),
+                "HALVED": halved,
+                "FP8": scaled and not halved,
                 "BY_BITS": lacks_fp8(query.device),
-                "DTYPE": widened(query.dtype) if fp8 else TYPES[query.dtype],
+                "DTYPE": widened(query.dtype) if scaled else TYPES[query.dtype],
             }
 
 

@@ -1,9 +1,16 @@
-"""Rounding by bits, so that every card and the interpreter round alike: to nearest, ties to even."""
+"""Encoding of float32 numbers: by bits, so that every card and the interpreter round alike, to nearest, ties to even.
+
+Steps of coded keys alone are found by their logarithm.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from hga.ops import coding
+
+_PER_OCTAVE, _UNIT = tl.constexpr(coding.STEPS_PER_OCTAVE), tl.constexpr(coding.UNIT_STEP)
 
 
 @triton.jit
@@ -25,3 +32,9 @@ def encode_e4m3(x):
     small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0x3C800000, small, normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_step(step):
+    """As `hga.ops.coding.encode_steps`: the byte of each step, still as float32."""
+    return tl.minimum(tl.maximum(tl.floor(tl.log2(step) * _PER_OCTAVE + (_UNIT + 0.5)), 0.0), 255.0)

@@ -37,12 +37,36 @@ def _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B: tl.constexpr)
 
 
 @triton.jit
-def _add_summaries(total, sums, weights, values, scales, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """Add weights (RB, K) times encoded values (K, D) with their scales (K,)."""
-    if FP8:
-        values = values * scales.to(DTYPE)[:, None]
-    sums += tl.dot(weights.to(DTYPE), values, input_precision="ieee")
-    return total + weights, sums
+def _add_values(
+    total,
+    low,
+    high,
+    weights,
+    data,
+    scales,
+    rows,
+    inside,
+    d,
+    width,
+    HALVED: tl.constexpr,
+    FP8: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Add weights (RB, K) times mean values to low; where a byte holds two numbers, of its high half to high."""
+    weighed = weights.to(DTYPE)
+    if HALVED:
+        mask = inside[:, None] & (d < width)[None, :]
+        codes = tl.load(data + rows[:, None] * width + d[None, :], mask=mask, other=0)
+        scale = tl.load(scales + rows, mask=inside, other=0.0).to(DTYPE)[:, None]
+        low += tl.dot(weighed, (((codes & 15).to(DTYPE) - 7.5) * scale).to(DTYPE), input_precision="ieee")
+        high += tl.dot(weighed, (((codes >> 4).to(DTYPE) - 7.5) * scale).to(DTYPE), input_precision="ieee")
+    else:
+        values, scale = load_summaries(data, scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
+        if FP8:
+            values = values * scale.to(DTYPE)[:, None]
+        low += tl.dot(weighed, values, input_precision="ieee")
+    return total + weights, low, high
 
 
 @triton.jit
@@ -51,6 +75,34 @@ def _store_part(peak, total, sums, lines, part, parts, peaks, totals, out, r, d,
     tl.store(peaks + at, peak, mask=r < ROWS)
     tl.store(totals + at, total, mask=r < ROWS)
     tl.store(out + at[:, None] * DB + d[None, :], sums, mask=(r < ROWS)[:, None])
+
+
+@triton.jit
+def _store_far(
+    peak,
+    total,
+    low,
+    high,
+    lines,
+    part,
+    parts,
+    peaks,
+    totals,
+    out,
+    r,
+    d,
+    width,
+    ROWS,
+    DB: tl.constexpr,
+    HALVED: tl.constexpr,
+):
+    at = lines * parts + part
+    tl.store(peaks + at, peak, mask=r < ROWS)
+    tl.store(totals + at, tl.sum(total, 1), mask=r < ROWS)
+    mask = (r < ROWS)[:, None] & (d < width)[None, :]
+    tl.store(out + at[:, None] * DB + d[None, :], low, mask=mask)
+    if HALVED:
+        tl.store(out + at[:, None] * DB + width + d[None, :], high, mask=mask)
 
 
 @triton.jit
@@ -82,21 +134,27 @@ def attend_far_kernel(
     SPLITS: tl.constexpr,
     PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+    HALVED: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Far field: every unit that was not chosen, log_size added to its score, with its mean value."""
+    """Far field: every unit that was not chosen, log_size added to its score, with its mean value.
+
+    width: bytes or numbers that a row of values has, WIDE them rounded up; HALVED: in four bits a number.
+    """
     selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     count = tl.load(counts + problem // kv_heads * COUNTS + 1) * units_per_chunk
     start, stop = split_range(count, split, SPLITS, BLOCK)
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
-    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    r, d = tl.arange(0, RB), tl.arange(0, WIDE)
     lines = selector.to(tl.int64) * ROWS + r
     peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
     total = tl.zeros((RB, BLOCK), tl.float32)
-    sums = tl.zeros((RB, DB), tl.float32)
+    low = tl.zeros((RB, WIDE), tl.float32)
+    high = tl.zeros((RB, WIDE), tl.float32)
     for first in range(start, stop, BLOCK):
         k = first + tl.arange(0, BLOCK)
         inside = k < stop
@@ -105,10 +163,13 @@ def attend_far_kernel(
         s_mask = (r < ROWS)[:, None] & far[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
         rows = problem.to(tl.int64) * capacity + k
-        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
         weights = tl.exp(s + log_size - peak[:, None])
-        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
-    _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+        total, low, high = _add_values(
+            total, low, high, weights, values, value_scales, rows, inside, d, width, HALVED, FP8, BY_BITS, DTYPE
+        )
+    _store_far(
+        peak, total, low, high, lines, first_part + split, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED
+    )
 
 
 @triton.jit
@@ -142,6 +203,8 @@ def attend_listed_far_kernel(
     FIRST: tl.constexpr,
     PER_NODE: tl.constexpr,
     PER_NODE_B: tl.constexpr,
+    WIDE: tl.constexpr,
+    HALVED: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -151,18 +214,18 @@ def attend_listed_far_kernel(
     problem = selector // SELECTORS
     start, stop = split_range(tl.load(listed_counts + selector), split, SPLITS, BLOCK)
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
-    r, d = tl.arange(0, RB), tl.arange(0, DB)
+    r, d = tl.arange(0, RB), tl.arange(0, WIDE)
     lines = selector.to(tl.int64) * ROWS + r
     g = tl.arange(0, PER_NODE_B)
     peak = _load_peaks(score_peaks, lines, score_parts, r, ROWS, PARTS_B) + log_size
     total = tl.zeros((RB, BLOCK), tl.float32)
-    sums = tl.zeros((RB, DB), tl.float32)
+    low = tl.zeros((RB, WIDE), tl.float32)
+    high = tl.zeros((RB, WIDE), tl.float32)
     for first in range(start, stop, BLOCK):
         k = first + tl.arange(0, BLOCK)
         inside = k < stop
         node = tl.load(listed + selector.to(tl.int64) * listed_stride + k, mask=inside, other=0)
         rows = problem.to(tl.int64) * capacity + node
-        data, scale = load_summaries(values, value_scales, rows, inside, d, width, FP8, BY_BITS, DTYPE)
         column = FIRST + k[:, None] * PER_NODE + g[None, :]  # (BLOCK, PER_NODE_B)
         scored = inside[:, None] & (g < PER_NODE)[None, :]
         bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=scored, other=0)
@@ -171,8 +234,12 @@ def attend_listed_far_kernel(
         at = lines[:, None, None] * scores_stride + column[None, :, :]
         s = tl.load(scores + at, mask=s_mask, other=_NEVER)  # (RB, BLOCK, PER_NODE_B)
         weights = tl.sum(tl.exp(s + log_size - peak[:, None, None]), 2)
-        total, sums = _add_summaries(total, sums, weights, data, scale, FP8, DTYPE)
-    _store_part(peak, tl.sum(total, 1), sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+        total, low, high = _add_values(
+            total, low, high, weights, values, value_scales, rows, inside, d, width, HALVED, FP8, BY_BITS, DTYPE
+        )
+    _store_far(
+        peak, total, low, high, lines, first_part + split, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED
+    )
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from hga.ops.kernels.candidates import (
 from hga.ops.kernels.flash import absorb, dot_logits, finish, load_rows
 from hga.ops.kernels.prefill_choice import choose_units
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, cut_strips, load_query, place_rows
+from hga.ops.nibbles import Nibbles
 from hga.ops.prefill import nothing_attended
 from hga.ops.prefill_routed import ClosedChunks, check_block
 from hga.ops.tiles import closed_chunks
@@ -206,7 +207,8 @@ def _decoded_bytes(closed: ClosedChunks, dtype: torch.dtype) -> int:
     numbers = 0
     for rows in closed[1:]:
         if rows is not None and rows.data.dtype != dtype:
-            numbers += rows.data.numel() * (2 * NUMBERS_PER_BYTE if isinstance(rows, Codes) else 1)
+            packed = {Codes: 2 * NUMBERS_PER_BYTE, Nibbles: 2}  # keys of groups come with what 16 bits round off
+            numbers += rows.data.numel() * packed.get(type(rows), 1)
     return numbers * dtype.itemsize
 
 

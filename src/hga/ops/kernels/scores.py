@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hga.ops import decode
+from hga.ops import coding, decode
 
 PENDING_BLOCK = tl.constexpr(decode.PENDING_BLOCK)
+_PER_OCTAVE, _UNIT = tl.constexpr(coding.STEPS_PER_OCTAVE), tl.constexpr(coding.UNIT_STEP)
 COUNTS = tl.constexpr(4)  # int32 a row: tokens in `near`, closed chunks, step, unused
 
 
@@ -16,6 +17,12 @@ def widen_e4m3(code):
     """Float32 value of e4m3 bytes, by their bits: the same on every card and in the interpreter."""
     bits = ((code & 0x7F).to(tl.int32) << 4) | ((code & 0x80).to(tl.int32) << 8)
     return (bits << 16).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+
+
+@triton.jit
+def widen_step(code):
+    """Float32 steps of coded keys from their bytes, as `hga.ops.coding.decode_steps`."""
+    return tl.exp2((code.to(tl.float32) - _UNIT) / _PER_OCTAVE)
 
 
 @triton.jit
