@@ -117,6 +117,7 @@ class Scratch:
     nodes: Choice | None
     groups: Choice
     places: Tensor  # (S, keep) int32: slot of each chosen group
+    sources: Tensor  # (S, keep) int64: where the store has it, if no slot had
     peaks: Tensor  # (B Hq, parts) float32
     totals: Tensor
     sums: Tensor  # (B Hq, parts, D rounded up) float32
@@ -156,6 +157,7 @@ class Scratch:
             nodes=nodes,
             groups=groups,
             places=torch.zeros_like(groups.chosen),
+            sources=torch.zeros_like(groups.chosen, dtype=torch.int64),
             peaks=torch.empty(lines, total, device=device),
             totals=torch.empty(lines, total, device=device),
             sums=torch.empty(lines, total, padded_width(head_dim), device=device),
@@ -165,7 +167,7 @@ class Scratch:
         """Bytes beside the model."""
         choices = [self.groups] if self.nodes is None else [self.groups, self.nodes]
         tensors = [x for choice in choices for x in vars(choice).values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in (*tensors, self.places, self.peaks, self.totals, self.sums))
+        return sum(x.nbytes for x in (*tensors, self.places, self.sources, self.peaks, self.totals, self.sums))
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,8 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
     )
 
 
-def assign_slots(step: Step, groups: Choice, listed: Choice) -> None:
-    """Give every chosen group a slot and list the missing ones."""
+def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> None:
+    """Give every chosen group a slot and list the missing ones; if `direct`, tell where the store has them."""
     slots, layer = step.layer.slots, step.layer
     count = slots.owner.shape[1]
     assign_kernel[(step.problems,)](
@@ -218,18 +218,24 @@ def assign_slots(step: Step, groups: Choice, listed: Choice) -> None:
         slots.used_at,
         count,
         slots.victims,
+        layer.addresses,
+        layer.addresses.shape[1],
         layer.scratch.places,
+        layer.scratch.sources,
         slots.missing_groups,
         slots.missing_slots,
         slots.missing_counts,
         slots.traffic,
         step.kv_heads,
         groups.keep,
+        step.config.chunk_size // step.config.group_size,
+        step.group_bytes,
         SELECTORS=step.selectors_each,
         SLOTS_B=triton.next_power_of_2(count),
         BLOCK=min(1024, max(64, triton.next_power_of_2(groups.keep))),
         PER_NODE=step.per_node,
         FIRST=step.first,
+        DIRECT=direct,
         num_warps=8,
     )
 
@@ -243,7 +249,7 @@ def fetch_groups(step: Step, bring: Bring | None) -> None:
         if not missing.any():
             return
         addresses = bring(missing, slots.missing_groups.cpu())
-    words = 2 * config.group_size * step.width * layer.near_keys.element_size() // 8
+    words = step.group_bytes // 8
     fetch_kernel[(step.problems, _FETCH_PROGRAMS)](
         slots.missing_groups,
         slots.missing_slots,
