@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import rows
 import torch
@@ -11,7 +13,7 @@ from hga import HGAConfig
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.ops.coding import Codes
-from hga.ops.decode import DecodeLayer, Scratch, SlotCache, attend_decode
+from hga.ops.decode import BINS, Choice, DecodeLayer, Scratch, SlotCache, _read_archive, attend_decode
 from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
 from hga.store import MemoryStore
@@ -152,3 +154,109 @@ def test_nan_query_stays_inside_its_buffers(name: str) -> None:
     counts[:, 2] += 1
     out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
     torch.testing.assert_close(out, attend_decode(query, keys, values, layer, counts, config, 0.3), rtol=0, atol=1e-5)
+
+
+def test_last_program_resolves_whatever_the_splits() -> None:
+    """Choices of several launches with one counter, against a sort; many ties, one selector with too few columns."""
+    pytest.importorskip("triton")
+    from hga.ops.kernels.selection import collect_kernel, weigh_kernel
+
+    selectors, keep, first, splits, block = 3, 40, 8, 4, 64
+    choice = Choice.allocate(selectors, selectors, 1000, keep, 1, torch.device(DEVICE))
+    choice = dataclasses.replace(choice, histogram=choice.histogram.new_zeros(selectors, splits, BINS))
+    used = [1000, 300, 20]
+    counts = torch.tensor([[0, n - first, 0, 0] for n in used], dtype=torch.int32, device=DEVICE)
+    for launch in range(3):
+        scores = choice.scores.uniform_(-9, 0)
+        if launch:
+            scores.mul_(launch).round_()  # ties
+        choice.scores[:, :first] = float("nan")  # pending groups: none
+        choice.peaks.zero_()
+        choice.totals.fill_(1.0)
+        weigh_kernel[(selectors, splits)](
+            scores, 1000, choice.peaks, choice.totals, counts, choice.counts, choice.mass, choice.histogram,
+            1, 0, 0, 1, ROWS=1, SELECTORS=1, RP=1, PARTS=1, PARTS_B=1, SPLITS=splits, BLOCK=block, GROUP=1, PER_NODE=0,
+            FIRST=first,
+        )  # fmt: skip
+        collect_kernel[(selectors, splits)](
+            choice.mass, 1000, choice.histogram, counts, choice.counts, keep, choice.chosen, keep, choice.tied,
+            choice.limits, choice.counts, choice.arrived, 1, 1, SELECTORS=1, SPLITS=splits, BLOCK=block, TIED=32,
+            PER_NODE=0, FIRST=first,
+        )  # fmt: skip
+        assert not choice.arrived.any(), "ready for the next launch"
+        for selector, count in enumerate(used):
+            order = scores[selector, first:count].sort(descending=True, stable=True).indices[:keep] + first
+            chosen = choice.chosen[selector, : choice.counts[selector]].long()
+            assert torch.equal(chosen.sort().values, order.sort().values)
+            bits, columns = choice.mass[selector, :count], torch.arange(count, device=DEVICE)
+            limit, last = choice.limits[selector].tolist()
+            by_limits = (bits > limit) | ((bits == limit) & (columns <= last))
+            assert torch.equal(by_limits.nonzero()[:, 0], chosen.sort().values)
+
+
+def stored_groups(layer: DecodeLayer, counts: Tensor, config: HGAConfig) -> Tensor:
+    """What the store holds (B Hkv, groups, 2, g, D), NaN where there is no chunk."""
+    held, heads = layer.slots.records, layer.near_keys.shape[1]
+    groups = held.new_full((held.shape[0], layer.slots.slot_of.shape[1], *held.shape[2:]), float("nan"))
+    for row, chunks in enumerate(counts[:, 1].tolist()):
+        read = _read_archive(layer, row, chunks, heads, config, held[:0, 0].cpu(), None)
+        kv = torch.stack([x.unflatten(1, (-1, config.group_size)) for x in read], 2)
+        groups[row * heads : (row + 1) * heads, : kv.shape[1]] = kv.to(held.device)
+    return groups
+
+
+STEPS = {  # config, type
+    "shared": (CONFIGS["balanced"], torch.float32),
+    "float16": (CONFIGS["balanced"], torch.float16),
+    "two levels, bfloat16": (CONFIGS["two levels"], torch.bfloat16),
+    "coded, groups of 2": (CONFIGS["coded"], torch.float32),
+    "groups of 16": (CONFIGS["by position"], torch.float32),
+    "odd groups": (BASE.replace(chunk_size=24, group_size=3, node_size=3), torch.float32),
+    "all hit": (CONFIGS["everything routed"], torch.float32),
+    "per head": (CONFIGS["per_head"], torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_missing_groups_reach_their_slots(name: str) -> None:
+    """Cold, warm and all hits; bit for bit what the store holds, and no other slot is touched."""
+    pytest.importorskip("triton")
+    from hga.ops.kernels import decode as kernels
+
+    (config, dtype), heads, repeats, width = STEPS[name], 2, 2, 24
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot multiply bfloat16")
+    torch.manual_seed(0)
+    rows = [filled_row(config, length, heads, width, dtype) for length in (301, 157)]
+    layer, counts = decode_layer(config, rows, repeats)
+    slots, stored, steps = layer.slots, stored_groups(layer, counts, config), 4
+    slots.records.fill_(float("nan"))
+    missed = []
+    for step in range(steps):
+        if step < steps - 1:
+            query, keys, values = random_step(2, heads, repeats, width, dtype)
+        expected = attend_decode(query, keys, values, layer, counts, config, 0.3)
+        if step == steps - 1:  # the same queries again: the store is not looked at
+            nothing = torch.full((config.chunk_size * heads * 2 * width,), float("nan"), dtype=dtype).to(DEVICE)
+            layer.addresses.fill_(nothing.data_ptr())
+        before, traffic = slots.owner.clone(), slots.traffic.clone()
+        out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
+        if dtype == torch.float32:
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+        else:
+            assert (out - expected).abs().mean() < 0.02, "a near tie may be chosen otherwise"
+        problem, slot = (slots.owner >= 0).nonzero(as_tuple=True)
+        group = slots.owner[problem, slot].long()
+        assert torch.equal(slots.records[problem, slot], stored[problem, group])
+        assert torch.equal(slots.slot_of[problem, group].long(), slot)
+        assert slots.records[slots.owner < 0].isnan().all()
+        hits, misses, unique = (slots.traffic - traffic).unbind(1)
+        assert torch.equal((slots.owner != before).sum(1), misses)
+        assert (unique <= hits + misses).all()
+        missed.append(misses.sum().item())
+        counts[:, 2] += 1
+    assert missed[0] > 0, "cold"
+    assert missed[-1] == 0
+    assert missed[1] > 0 or name == "all hit"
+    if name in ("shared", "float16", "odd groups"):
+        assert sum(missed) > (slots.owner >= 0).sum(), "some slots were given twice"

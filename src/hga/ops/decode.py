@@ -75,9 +75,9 @@ class Choice:
     histogram: Tensor  # (S, splits, bins) int32
     tied: Tensor  # (S, columns) int32
     chosen: Tensor  # (S, keep) int32
-    found: Tensor  # (S, 4) int32
     limits: Tensor  # (S, 2) int32
     counts: Tensor  # (S,) int32
+    arrived: Tensor  # (S,) int32, 0 between launches
 
     @property
     def parts(self) -> int:
@@ -103,9 +103,9 @@ class Choice:
             histogram=ints(selectors, _selection_splits(columns, device), BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
-            found=ints(selectors, 4),
             limits=ints(selectors, 2),
             counts=ints(selectors),
+            arrived=ints(selectors),
         )
 
 
@@ -118,6 +118,7 @@ class Scratch:
     nodes: Choice | None
     groups: Choice
     places: Tensor  # (S, keep) int32: slot of each chosen group
+    sources: Tensor  # (S, keep) int64: where the store has it, if no slot had
     peaks: Tensor  # (B Hq, parts) float32
     totals: Tensor
     sums: Tensor  # (B Hq, parts, D rounded up) float32
@@ -157,6 +158,7 @@ class Scratch:
             nodes=nodes,
             groups=groups,
             places=torch.zeros_like(groups.chosen),
+            sources=torch.zeros_like(groups.chosen, dtype=torch.int64),
             peaks=torch.empty(lines, total, device=device),
             totals=torch.empty(lines, total, device=device),
             sums=torch.empty(lines, total, padded_width(head_dim), device=device),
@@ -166,7 +168,7 @@ class Scratch:
         """Bytes beside the model."""
         choices = [self.groups] if self.nodes is None else [self.groups, self.nodes]
         tensors = [x for choice in choices for x in vars(choice).values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in (*tensors, self.places, self.peaks, self.totals, self.sums))
+        return sum(x.nbytes for x in (*tensors, self.places, self.sources, self.peaks, self.totals, self.sums))
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,12 @@ def attend_decode(
         attend_near(step, query, groups, scale, cap)
         if listed is not None:
             attend_listed_far(step, groups, listed)
-    assign_slots(step, groups, groups if listed is None else listed)
-    fetch_groups(step, bring)
-    attend_cached(step, query, groups, scale, cap)
+    # Several selectors may lack the same group, and what is brought has no address before it is asked for.
+    direct = bring is None and step.selectors_each == 1
+    assign_slots(step, groups, groups if listed is None else listed, direct)
+    if not direct:
+        fetch_groups(step, bring)
+    attend_cached(step, query, groups, scale, cap, direct)
     join_far()
     join_near()
     return merge_parts(step, query, sinks)

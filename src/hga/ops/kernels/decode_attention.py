@@ -50,14 +50,15 @@ def attend_near(step: Step, query: Tensor, groups: Choice, scale: float, softcap
     )
 
 
-def attend_cached(step: Step, query: Tensor, groups: Choice, scale: float, softcap: float) -> None:
-    """Attend to opened groups in their slots."""
+def attend_cached(step: Step, query: Tensor, groups: Choice, scale: float, softcap: float, direct: bool) -> None:
+    """Attend to opened groups in their slots; if `direct`, take what is missing from the store on the way."""
     layer, scratch = step.layer, step.layer.scratch
     attend_cached_kernel[(step.selectors, CACHED_SPLITS)](
         query,
         layer.slots.records,
         layer.slots.owner.shape[1],
         scratch.places,
+        scratch.sources,
         scratch.places.shape[1],
         groups.counts,
         *step.parts,
@@ -70,7 +71,10 @@ def attend_cached(step: Step, query: Tensor, groups: Choice, scale: float, softc
         BLOCK=64,
         SPLITS=CACHED_SPLITS,
         GROUP=step.config.group_size,
+        ALIGN=math.gcd(16, step.group_bytes),
+        DIRECT=direct,
         DTYPE=TYPES[query.dtype],
+        num_stages=1 if direct else 3,  # staged for a product and for a store at once, banks would collide
     )
 
 

@@ -12,7 +12,7 @@ from hga.ops.decode import CODED_BLOCK, SELECTION_BLOCK, Bring, Choice
 from hga.ops.kernels.code_scores import score_codes_kernel
 from hga.ops.kernels.decode_step import TYPES, Step, lacks_fp8, widened
 from hga.ops.kernels.scores import score_kernel
-from hga.ops.kernels.selection import collect_kernel, resolve_kernel, weigh_kernel
+from hga.ops.kernels.selection import collect_kernel, weigh_kernel
 from hga.ops.kernels.slots import assign_kernel, fetch_kernel
 from hga.ops.precision import Rows
 
@@ -177,32 +177,23 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         choice.chosen,
         choice.chosen.shape[1],
         choice.tied,
-        choice.found,
+        choice.limits,
+        choice.counts,
+        choice.arrived,
         step.kv_heads,
         units,
         SELECTORS=step.selectors_each,
         SPLITS=splits,
         BLOCK=SELECTION_BLOCK,
+        TIED=512,
         PER_NODE=per_node,
         FIRST=first,
         num_warps=8,
     )
-    resolve_kernel[(step.selectors,)](
-        choice.mass,
-        columns,
-        choice.found,
-        choice.keep,
-        choice.chosen,
-        choice.chosen.shape[1],
-        choice.tied,
-        choice.limits,
-        choice.counts,
-        BLOCK=512,
-    )
 
 
-def assign_slots(step: Step, groups: Choice, listed: Choice) -> None:
-    """Give every chosen group a slot and list the missing ones."""
+def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> None:
+    """Give every chosen group a slot and list the missing ones; if `direct`, tell where the store has them."""
     slots, layer = step.layer.slots, step.layer
     count = slots.owner.shape[1]
     assign_kernel[(step.problems,)](
@@ -218,18 +209,24 @@ def assign_slots(step: Step, groups: Choice, listed: Choice) -> None:
         slots.used_at,
         count,
         slots.victims,
+        layer.addresses,
+        layer.addresses.shape[1],
         layer.scratch.places,
+        layer.scratch.sources,
         slots.missing_groups,
         slots.missing_slots,
         slots.missing_counts,
         slots.traffic,
         step.kv_heads,
         groups.keep,
+        step.config.chunk_size // step.config.group_size,
+        step.group_bytes,
         SELECTORS=step.selectors_each,
         SLOTS_B=triton.next_power_of_2(count),
         BLOCK=min(1024, max(64, triton.next_power_of_2(groups.keep))),
         PER_NODE=step.per_node,
         FIRST=step.first,
+        DIRECT=direct,
         num_warps=8,
     )
 
@@ -243,7 +240,7 @@ def fetch_groups(step: Step, bring: Bring | None) -> None:
         if not missing.any():
             return
         addresses = bring(missing, slots.missing_groups.cpu())
-    words = 2 * config.group_size * step.width * layer.near_keys.element_size() // 8
+    words = step.group_bytes // 8
     fetch_kernel[(step.problems, _FETCH_PROGRAMS)](
         slots.missing_groups,
         slots.missing_slots,

@@ -42,6 +42,7 @@ class Step:
         self.selectors_each = repeats if config.selection == "per_head" else 1
         self.selectors = self.problems * self.selectors_each
         self.wide = padded_width(self.width)
+        self.group_bytes = 2 * config.group_size * self.width * layer.near_keys.element_size()
         self.first = pending_capacity(config, PENDING_BLOCK)
         self.per_node = config.node_size // config.group_size if config.two_level else 0
         self.tile = {

@@ -317,6 +317,7 @@ def attend_cached_kernel(
     cached,
     slots,
     places,
+    sources,
     chosen_stride,
     chosen_counts,
     peaks,
@@ -334,9 +335,15 @@ def attend_cached_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DIRECT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Exact attention to the tokens of chosen archive groups, read from their slots [2, g, D]; BLOCK tokens at once."""
+    """Exact attention to the tokens of chosen archive groups, read from their slots [2, g, D]; BLOCK tokens at once.
+
+    If DIRECT, what is missing is read from the store (`sources`, see `assign_kernel`), over the bus from host memory,
+    and left in its slot. Groups are multiples of ALIGN bytes.
+    """
     selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     start, stop = split_range(tl.load(chosen_counts + selector) * GROUP, split, SPLITS, BLOCK)
@@ -349,12 +356,28 @@ def attend_cached_kernel(
     sums = tl.zeros((RB, DB), tl.float32)
     for first in range(start, stop, BLOCK):
         t = first + tl.arange(0, BLOCK)
-        slot = tl.load(places + selector.to(tl.int64) * chosen_stride + t // GROUP, mask=t < stop, other=-1)
+        chosen = selector.to(tl.int64) * chosen_stride + t // GROUP
+        slot = tl.load(places + chosen, mask=t < stop, other=-1)
         inside = slot >= 0
-        at = (((problem.to(tl.int64) * slots + slot) * 2 * GROUP + t % GROUP) * width)[:, None] + d[None, :]
         mask = inside[:, None] & (d < width)[None, :]
-        key = tl.load(cached + at, mask=mask, other=0.0)
-        value = tl.load(cached + GROUP * width + at, mask=mask, other=0.0)
+        home = cached + (problem.to(tl.int64) * slots + slot) * (2 * GROUP * width)
+        held = home
+        if DIRECT:
+            source = tl.load(sources + chosen, mask=t < stop, other=0)
+            held = tl.where(source == 0, home.to(tl.int64), source).to(cached.dtype)
+            held = tl.multiple_of(held, ALIGN)
+        at = ((t % GROUP) * width)[:, None] + d[None, :]
+        key = tl.load(held[:, None] + at, mask=mask, other=0.0)
+        value = tl.load(held[:, None] + GROUP * width + at, mask=mask, other=0.0)
+        if DIRECT:
+            # What is loaded for a product is laid out for it at once, and waited for. With these in between both are
+            # asked for before that, so that the bus is waited for once.
+            key, value = tl.where(mask, key, 0.0), tl.where(mask, value, 0.0)
+            # No other program of this launch looks at these tokens' slots: a selector has its problem's slots to itself
+            # and chooses a group once, and what it chose keeps its slot in this step. Later launches find them written.
+            lacked = mask & (source != 0)[:, None]
+            tl.store(home[:, None] + at, key, mask=lacked)
+            tl.store(home[:, None] + GROUP * width + at, value, mask=lacked)
         s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
         peak, total, sums = _fold(peak, total, sums, tl.where(inside[None, :], s, _NEVER), value, DTYPE)
     _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)

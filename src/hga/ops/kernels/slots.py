@@ -48,23 +48,30 @@ def assign_kernel(
     used_at,
     slots,
     victims,
+    addresses,
+    addresses_stride,
     places,
+    sources,
     missing_groups,
     missing_slots,
     missing_counts,
     traffic,
     kv_heads,
     keep,
+    groups_per_chunk,
+    group_bytes,
     SELECTORS: tl.constexpr,
     SLOTS_B: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_NODE: tl.constexpr,
     FIRST: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     """A slot for every chosen group: its own where it is cached, else that of the least recently used group.
 
-    places, int32 (selectors, chosen_stride): slot, -1 for pending groups. What is missing is listed for
-    `fetch_kernel`. traffic, int64 (problems, 3): hits, misses, unique groups, all summed over steps.
+    places, int32 (selectors, chosen_stride): slot, -1 for pending groups. sources, int64 alike, if DIRECT: address of
+    what is missing in the store, 0 for what is not. What is missing is listed for `fetch_kernel`. traffic, int64
+    (problems, 3): hits, misses, unique groups, all summed over steps.
     """
     problem = tl.program_id(0)
     row = problem // kv_heads
@@ -89,6 +96,12 @@ def assign_kernel(
             tl.store(used_at + slot, tl.zeros((BLOCK,), tl.int32) + step, mask=slot >= 0)
             at = selector.to(tl.int64) * chosen_stride + first + tl.arange(0, BLOCK)
             tl.store(places + at, slot, mask=first + tl.arange(0, BLOCK) < keep)
+            if DIRECT:
+                missing = (group >= 0) & (slot < 0)
+                chunk = addresses + row * addresses_stride + group // groups_per_chunk
+                inside = problem % kv_heads * groups_per_chunk + group % groups_per_chunk
+                source = tl.load(chunk, mask=missing, other=0) + inside.to(tl.int64) * group_bytes
+                tl.store(sources + at, tl.where(missing, source, 0), mask=first + tl.arange(0, BLOCK) < keep)
             wanted += tl.sum(((group >= 0) & (slot < 0)).to(tl.int32), 0)
             hits += tl.sum((slot >= 0).to(tl.int32), 0)
         tl.debug_barrier()
