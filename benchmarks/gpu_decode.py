@@ -85,7 +85,7 @@ def capture(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(priority=-1)):
+    with torch.cuda.graph(graph):
         step()
     return graph
 

@@ -67,8 +67,9 @@ class Drifting:
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """See `hga_attention`."""
         if query.shape[2] == 1 and self.share < 1:
-            held = self.held.setdefault(module.layer_idx, query.clone())
-            query = held.lerp_(query, self.share)
+            if module.layer_idx not in self.held:
+                self.held[module.layer_idx] = query.clone()
+            query = self.held[module.layer_idx].lerp_(query, self.share)
             kwargs["scaling"] *= ((2 - self.share) / self.share) ** 0.5  # a mean of independent queries is shorter
         return hga_attention(module, query, key, value, mask, **kwargs)
 

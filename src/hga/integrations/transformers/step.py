@@ -65,11 +65,8 @@ class StepGraph:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: libraries keep a workspace for each stream that they see.
-
-    Of high priority, so that the chain of small kernels overtakes what is launched beside it.
-    """
-    return torch.cuda.Stream(device, priority=-1)
+    """One stream for all captures: libraries keep a workspace for each stream that they see."""
+    return torch.cuda.Stream(device)
 
 
 class Stepper:

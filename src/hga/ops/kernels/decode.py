@@ -10,9 +10,9 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.coding import Codes
 from hga.ops.decode import Bring, DecodeLayer
-from hga.ops.kernels.decode_attention import attend_cached, attend_far, attend_listed_far, attend_near, merge_parts
+from hga.ops.kernels.decode_attention import attend_parts, merge_parts
 from hga.ops.kernels.decode_choice import assign_slots, choose_columns, fetch_groups, score_codes, score_summaries
-from hga.ops.kernels.decode_step import Step, beside
+from hga.ops.kernels.decode_step import Step
 
 
 def attend_decode(
@@ -35,29 +35,19 @@ def attend_decode(
     if listed is None:
         score_summaries(step, query, new, layer.node_keys, groups, scale, cap, units=units)
         choose_columns(step, groups, units=units, first=step.first)
-        with beside(query.device, "far") as join_far:
-            attend_far(step, groups, first=step.first)
     else:
         assert layer.group_keys is not None
         score_summaries(step, query, new, layer.node_keys, listed, scale, cap, units=units, pending=False)
         choose_columns(step, listed, units=units, first=0)
-        with beside(query.device, "far") as join_far:
-            attend_far(step, listed, first=0)
         if isinstance(layer.group_keys, Codes):
             score_codes(step, query, new, layer.group_keys, groups, listed, scale, cap)
         else:
             score_summaries(step, query, new, layer.group_keys, groups, scale, cap, listed=listed)
         choose_columns(step, groups, units=0, first=step.first, listed=listed)
-    with beside(query.device, "near") as join_near:
-        attend_near(step, query, groups, scale, cap)
-        if listed is not None:
-            attend_listed_far(step, groups, listed)
     # Several selectors may lack the same group, and what is brought has no address before it is asked for.
     direct = bring is None and step.selectors_each == 1
     assign_slots(step, groups, groups if listed is None else listed, direct)
     if not direct:
         fetch_groups(step, bring)
-    attend_cached(step, query, groups, scale, cap, direct)
-    join_far()
-    join_near()
+    attend_parts(step, query, groups, listed, scale, cap, direct)
     return merge_parts(step, query, sinks)

@@ -1,10 +1,8 @@
-"""What the launches of one decode step share: shapes, encodings, scratch, and streams beside the main one."""
+"""What the launches of one decode step share: shapes, encodings, scratch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import triton
@@ -12,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.config import HGAConfig
-from hga.ops.decode import PENDING_BLOCK, DecodeLayer, padded_width
+from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, PENDING_BLOCK, DecodeLayer, padded_width
 from hga.ops.nibbles import Nibbles
+from hga.ops.precision import Rows
 from hga.ops.tiles import pending_capacity
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -54,32 +53,20 @@ class Step:
         scratch = layer.scratch
         self.parts = (scratch.peaks, scratch.totals, scratch.sums)
         self.parts_stride = scratch.peaks.shape[1]
-        if layer.node_values is not None:  # of the far field
-            data, scale = layer.node_values
-            halved, scaled = isinstance(layer.node_values, Nibbles), scale is not None
-            bits = data.view(torch.uint8) if scaled else data
-            self.values = (bits, scale if scaled else data, data.shape[2])
-            self.encoding = {
-                "WIDE": padded_width(data.shape[3]),
-                "HALVED": halved,
-                "FP8": scaled and not halved,
-                "BY_BITS": lacks_fp8(query.device),
-                "DTYPE": widened(query.dtype) if scaled else TYPES[query.dtype],
-            }
-
-
-@contextmanager
-def beside(device: torch.device, branch: str) -> Iterator[Callable[[], None]]:
-    """Launch beside what follows, where a graph is being captured; call the result before reading what was written."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield lambda: None
-        return
-    current, side = torch.cuda.current_stream(device), _side_stream(device, branch)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield lambda: current.wait_stream(side)
-
-
-@functools.cache
-def _side_stream(device: torch.device, branch: str) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        self.used_parts = CACHED_SPLITS + NEAR_SPLITS
+        held = layer.node_values
+        if held is None:  # without a far field no program looks at values, and any tensor does
+            held = Rows(layer.near_keys, None)
+        else:
+            self.used_parts += scratch.splits + (CACHED_SPLITS if config.two_level else 0)
+        data, scale = held
+        halved, scaled = isinstance(held, Nibbles), scale is not None
+        bits = data.view(torch.uint8) if scaled else data
+        self.values = (bits, scale if scaled else data, data.shape[2])
+        self.encoding = {
+            "WIDE": padded_width(data.shape[3]),
+            "HALVED": halved,
+            "FP8": scaled and not halved,
+            "BY_BITS": lacks_fp8(query.device),
+            "VALUE_DTYPE": widened(query.dtype) if scaled else TYPES[query.dtype],
+        }

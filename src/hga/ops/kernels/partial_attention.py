@@ -106,7 +106,9 @@ def _store_far(
 
 
 @triton.jit
-def attend_far_kernel(
+def _attend_far(
+    selector,
+    split,
     values,
     value_scales,
     capacity,
@@ -125,7 +127,7 @@ def attend_far_kernel(
     log_size,
     width,
     parts,
-    first_part,
+    part,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
@@ -144,7 +146,6 @@ def attend_far_kernel(
 
     width: bytes or numbers that a row of values has, WIDE them rounded up; HALVED: in four bits a number.
     """
-    selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     count = tl.load(counts + problem // kv_heads * COUNTS + 1) * units_per_chunk
     start, stop = split_range(count, split, SPLITS, BLOCK)
@@ -155,7 +156,7 @@ def attend_far_kernel(
     total = tl.zeros((RB, BLOCK), tl.float32)
     low = tl.zeros((RB, WIDE), tl.float32)
     high = tl.zeros((RB, WIDE), tl.float32)
-    for first in range(start, stop, BLOCK):
+    for first in tl.range(start, stop, BLOCK, num_stages=3):
         k = first + tl.arange(0, BLOCK)
         inside = k < stop
         bits = tl.load(mass + selector.to(tl.int64) * scores_stride + FIRST + k, mask=inside, other=0)
@@ -167,13 +168,13 @@ def attend_far_kernel(
         total, low, high = _add_values(
             total, low, high, weights, values, value_scales, rows, inside, d, width, HALVED, FP8, BY_BITS, DTYPE
         )
-    _store_far(
-        peak, total, low, high, lines, first_part + split, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED
-    )
+    _store_far(peak, total, low, high, lines, part, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED)
 
 
 @triton.jit
-def attend_listed_far_kernel(
+def _attend_listed_far(
+    selector,
+    split,
     values,
     value_scales,
     capacity,
@@ -192,7 +193,7 @@ def attend_listed_far_kernel(
     log_size,
     width,
     parts,
-    first_part,
+    part,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
@@ -210,7 +211,6 @@ def attend_listed_far_kernel(
     DTYPE: tl.constexpr,
 ):
     """Far field inside the listed nodes: groups that were not chosen, with the mean value of their node."""
-    selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     start, stop = split_range(tl.load(listed_counts + selector), split, SPLITS, BLOCK)
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
@@ -237,13 +237,13 @@ def attend_listed_far_kernel(
         total, low, high = _add_values(
             total, low, high, weights, values, value_scales, rows, inside, d, width, HALVED, FP8, BY_BITS, DTYPE
         )
-    _store_far(
-        peak, total, low, high, lines, first_part + split, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED
-    )
+    _store_far(peak, total, low, high, lines, part, parts, peaks, totals, out, r, d, width, ROWS, DB, HALVED)
 
 
 @triton.jit
-def attend_near_kernel(
+def _attend_near(
+    selector,
+    split,
     query,
     keys,
     values,
@@ -263,7 +263,7 @@ def attend_near_kernel(
     softcap,
     width,
     parts,
-    first_part,
+    part,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
@@ -275,7 +275,6 @@ def attend_near_kernel(
     DTYPE: tl.constexpr,
 ):
     """Sink, window and chosen pending groups exactly; a token of another pending group weighs as its group's mean."""
-    selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     count = tl.load(counts + problem // kv_heads * COUNTS)
     pending = count_pending(count, sink, window, GROUP)
@@ -308,11 +307,13 @@ def attend_near_kernel(
         s = tl.where(inside[None, :], s, _NEVER)
         value = tl.load(values + at, mask=mask, other=0.0)
         peak, total, sums = _fold(peak, total, sums, s, value, DTYPE)
-    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+    _store_part(peak, total, sums, lines, part, parts, peaks, totals, out, r, d, ROWS, DB)
 
 
 @triton.jit
-def attend_cached_kernel(
+def _attend_cached(
+    selector,
+    split,
     query,
     cached,
     slots,
@@ -327,7 +328,7 @@ def attend_cached_kernel(
     softcap,
     width,
     parts,
-    first_part,
+    part,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
@@ -344,7 +345,6 @@ def attend_cached_kernel(
     If DIRECT, what is missing is read from the store (`sources`, see `assign_kernel`), over the bus from host memory,
     and left in its slot. Groups are multiples of ALIGN bytes.
     """
-    selector, split = tl.program_id(0), tl.program_id(1)
     problem = selector // SELECTORS
     start, stop = split_range(tl.load(chosen_counts + selector) * GROUP, split, SPLITS, BLOCK)
     r, d = tl.arange(0, RB), tl.arange(0, DB)
@@ -380,7 +380,226 @@ def attend_cached_kernel(
             tl.store(home[:, None] + GROUP * width + at, value, mask=lacked)
         s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
         peak, total, sums = _fold(peak, total, sums, tl.where(inside[None, :], s, _NEVER), value, DTYPE)
-    _store_part(peak, total, sums, lines, first_part + split, parts, peaks, totals, out, r, d, ROWS, DB)
+    _store_part(peak, total, sums, lines, part, parts, peaks, totals, out, r, d, ROWS, DB)
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    near_keys,
+    near_values,
+    near_capacity,
+    counts,
+    group_scores,
+    group_mass,
+    groups_stride,
+    group_limits,
+    group_peaks,
+    group_parts,
+    cached,
+    slots,
+    places,
+    sources,
+    chosen_stride,
+    chosen_counts,
+    values,
+    value_scales,
+    capacity,
+    unit_scores,
+    unit_mass,
+    units_stride,
+    unit_limits,
+    unit_peaks,
+    unit_parts,
+    listed,
+    listed_stride,
+    listed_counts,
+    peaks,
+    totals,
+    out,
+    kv_heads,
+    sink,
+    window,
+    scale,
+    softcap,
+    units_per_chunk,
+    log_unit,
+    log_group,
+    width,
+    value_width,
+    parts,
+    ROWS: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    GROUP: tl.constexpr,
+    FIRST: tl.constexpr,
+    PER_NODE: tl.constexpr,
+    PER_NODE_B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FAR: tl.constexpr,
+    FAR_BLOCK: tl.constexpr,
+    UNIT_PARTS_B: tl.constexpr,
+    GROUP_PARTS_B: tl.constexpr,
+    WIDE: tl.constexpr,
+    HALVED: tl.constexpr,
+    FP8: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    NEAR_SPLITS: tl.constexpr,
+    CACHED_SPLITS: tl.constexpr,
+    FAR_SPLITS: tl.constexpr,
+):
+    """All attention of a step, a part a program: near tokens, opened groups, the far field's units, and what was not
+    opened of listed nodes (PER_NODE > 0).
+
+    One launch, so that what is read from the GPU's own memory hides the wait for what comes over the bus; programs
+    that wait come first. Launched side by side instead, the four cost a captured step more in gaps between kernels
+    than they saved.
+    """
+    selector, part = tl.program_id(0), tl.program_id(1)
+    if part < CACHED_SPLITS:
+        _attend_cached(
+            selector,
+            part,
+            query,
+            cached,
+            slots,
+            places,
+            sources,
+            chosen_stride,
+            chosen_counts,
+            peaks,
+            totals,
+            out,
+            scale,
+            softcap,
+            width,
+            parts,
+            part,
+            ROWS,
+            SELECTORS,
+            RB,
+            DB,
+            64,
+            CACHED_SPLITS,
+            GROUP,
+            ALIGN,
+            DIRECT,
+            DTYPE,
+        )
+    elif part < CACHED_SPLITS + NEAR_SPLITS:
+        _attend_near(
+            selector,
+            part - CACHED_SPLITS,
+            query,
+            near_keys,
+            near_values,
+            near_capacity,
+            counts,
+            group_scores,
+            group_mass,
+            groups_stride,
+            group_limits,
+            peaks,
+            totals,
+            out,
+            kv_heads,
+            sink,
+            window,
+            scale,
+            softcap,
+            width,
+            parts,
+            part,
+            ROWS,
+            SELECTORS,
+            RB,
+            DB,
+            32,
+            NEAR_SPLITS,
+            GROUP,
+            FAR,
+            DTYPE,
+        )
+    elif part < CACHED_SPLITS + NEAR_SPLITS + FAR_SPLITS:
+        _attend_far(
+            selector,
+            part - CACHED_SPLITS - NEAR_SPLITS,
+            values,
+            value_scales,
+            capacity,
+            counts,
+            unit_scores,
+            unit_mass,
+            units_stride,
+            unit_limits,
+            unit_peaks,
+            unit_parts,
+            peaks,
+            totals,
+            out,
+            kv_heads,
+            units_per_chunk,
+            log_unit,
+            value_width,
+            parts,
+            part,
+            ROWS,
+            SELECTORS,
+            RB,
+            DB,
+            FAR_BLOCK,
+            FAR_SPLITS,
+            UNIT_PARTS_B,
+            FIRST if PER_NODE == 0 else 0,
+            WIDE,
+            HALVED,
+            FP8,
+            BY_BITS,
+            VALUE_DTYPE,
+        )
+    elif PER_NODE > 0:
+        _attend_listed_far(
+            selector,
+            part - CACHED_SPLITS - NEAR_SPLITS - FAR_SPLITS,
+            values,
+            value_scales,
+            capacity,
+            listed,
+            listed_stride,
+            listed_counts,
+            group_scores,
+            group_mass,
+            groups_stride,
+            group_limits,
+            group_peaks,
+            group_parts,
+            peaks,
+            totals,
+            out,
+            log_group,
+            value_width,
+            parts,
+            part,
+            ROWS,
+            SELECTORS,
+            RB,
+            DB,
+            32,
+            CACHED_SPLITS,
+            GROUP_PARTS_B,
+            FIRST,
+            PER_NODE,
+            PER_NODE_B,
+            WIDE,
+            HALVED,
+            FP8,
+            BY_BITS,
+            VALUE_DTYPE,
+        )
 
 
 @triton.jit
