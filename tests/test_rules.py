@@ -353,7 +353,7 @@ def test_metadata_bytes():
     assert shares["oracle"] == 0.5
     whole = HGAConfig(group_size=4, node_size=4, overselection="all", coded=False)
     assert RoutedRule.of(whole).metadata_share(64, 8192) == pytest.approx(2 * 66 / 4 / 256)
-    coded = 2 * 130 / 32 + (32 + 2) / 4 + 128 / 256
+    coded = (130 + 66) / 32 + (32 + 1) / 4 + 128 / 256
     assert RoutedRule.of(HGAConfig.preset("lean")).metadata_share(128, 8192) == pytest.approx(coded / 512)
 
 
