@@ -182,8 +182,8 @@ class SlotCache:
     slot_of: Tensor
     owner: Tensor
     used_at: Tensor
-    victims: Tensor
     missing_groups: Tensor
+    missing_places: Tensor
     missing_slots: Tensor
     missing_counts: Tensor
     traffic: Tensor
@@ -206,8 +206,8 @@ class SlotCache:
             slot_of=ints(problems, groups),
             owner=ints(problems, slots),
             used_at=ints(problems, slots),
-            victims=ints(problems, slots),
             missing_groups=ints(problems, slots),
+            missing_places=ints(problems, slots),
             missing_slots=ints(problems, slots),
             missing_counts=ints(problems),
             traffic=torch.zeros(problems, 3, dtype=torch.int64, device=like.device),
