@@ -40,7 +40,7 @@ both on the CPU: the first counts[p] of groups[p], counted from the archive's st
 int64 (B Hkv,), beside the model: where those of each lie, one [2, g, D] behind another, until the next call.
 """
 
-SELECTION_BLOCK = 1024
+SELECTION_BLOCK = 512
 """Columns that a program looks at once while it chooses; both passes over them must cut them alike."""
 
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
