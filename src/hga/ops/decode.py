@@ -41,7 +41,7 @@ both on the CPU: the first counts[p] of groups[p], counted from the archive's st
 int64 (B Hkv,), beside the model: where those of each lie, one [2, g, D] behind another, until the next call.
 """
 
-SELECTION_BLOCK = 1024
+SELECTION_BLOCK = 512
 """Columns that a program looks at once while it chooses; both passes over them must cut them alike."""
 
 _PROGRAMS, _SELECTION_SPLITS = 256, 32  # enough to fill a GPU at batch 1
@@ -183,8 +183,8 @@ class SlotCache:
     slot_of: Tensor
     owner: Tensor
     used_at: Tensor
-    victims: Tensor
     missing_groups: Tensor
+    missing_places: Tensor
     missing_slots: Tensor
     missing_counts: Tensor
     traffic: Tensor
@@ -207,8 +207,8 @@ class SlotCache:
             slot_of=ints(problems, groups),
             owner=ints(problems, slots),
             used_at=ints(problems, slots),
-            victims=ints(problems, slots),
             missing_groups=ints(problems, slots),
+            missing_places=ints(problems, slots),
             missing_slots=ints(problems, slots),
             missing_counts=ints(problems),
             traffic=torch.zeros(problems, 3, dtype=torch.int64, device=like.device),

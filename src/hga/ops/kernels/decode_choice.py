@@ -196,6 +196,7 @@ def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> No
     """Give every chosen group a slot and list the missing ones; if `direct`, tell where the store has them."""
     slots, layer = step.layer.slots, step.layer
     count = slots.owner.shape[1]
+    wide = triton.next_power_of_2(count)
     assign_kernel[(step.problems,)](
         groups.chosen,
         groups.chosen.shape[1],
@@ -208,12 +209,12 @@ def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> No
         slots.owner,
         slots.used_at,
         count,
-        slots.victims,
         layer.addresses,
         layer.addresses.shape[1],
         layer.scratch.places,
         layer.scratch.sources,
         slots.missing_groups,
+        slots.missing_places,
         slots.missing_slots,
         slots.missing_counts,
         slots.traffic,
@@ -222,12 +223,12 @@ def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> No
         step.config.chunk_size // step.config.group_size,
         step.group_bytes,
         SELECTORS=step.selectors_each,
-        SLOTS_B=triton.next_power_of_2(count),
-        BLOCK=min(1024, max(64, triton.next_power_of_2(groups.keep))),
+        SLOTS_B=wide,
+        KEEP_B=max(64, triton.next_power_of_2(groups.keep)),
         PER_NODE=step.per_node,
         FIRST=step.first,
         DIRECT=direct,
-        num_warps=8,
+        num_warps=min(32, max(8, wide // 512)),
     )
 
 

@@ -64,6 +64,11 @@ def weigh_kernel(
     seen = tl.zeros((BINS,), tl.int32)
     p, r = tl.arange(0, PARTS_B), tl.arange(0, RP)
     lines = selector.to(tl.int64) * ROWS + r
+    column = start + tl.arange(0, BLOCK)
+    allowed = ((column < pending) | (column >= FIRST)) & (column < stop)
+    mask = (r < ROWS)[:, None] & allowed[None, :]
+    at = scores + lines[:, None] * scores_stride
+    s = tl.load(at + column[None, :], mask=mask, other=float("-inf"))  # asked for before log-sum-exps are waited for
     part_mask = (r < ROWS)[:, None] & (p < PARTS)[None, :]
     peak = tl.load(peaks + lines[:, None] * PARTS + p[None, :], mask=part_mask, other=float("-inf"))
     total = tl.load(totals + lines[:, None] * PARTS + p[None, :], mask=part_mask, other=0.0)
@@ -71,19 +76,19 @@ def weigh_kernel(
     top = tl.where(top == float("-inf"), 0.0, top)
     norm = tl.sum(total * tl.exp(peak - top[:, None]), 1)
     logsumexp = top + tl.log(tl.where(norm > 0, norm, 1.0))  # (RP,)
-    for first in range(start, stop, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        allowed = ((column < pending) | (column >= FIRST)) & (column < stop)
-        mask = (r < ROWS)[:, None] & allowed[None, :]
-        s = tl.load(scores + lines[:, None] * scores_stride + column[None, :], mask=mask, other=float("-inf"))
+    for _ in range(start, stop, BLOCK):
         shares = tl.sum(tl.where(mask, tl.exp(s - logsumexp[:, None]), 0.0), 0)
         # NaN, which a query with NaN gives, would order above everything and overrun what has room for `keep`.
         shares = tl.where(shares < 31.9, shares, 31.9)
         bits = tl.where(allowed, shares.to(tl.int32, bitcast=True), -1)
         tl.store(mass + selector.to(tl.int64) * scores_stride + column, bits, mask=column < stop)
         seen += tl.histogram(find_bin(bits), BINS, mask=column < stop)
-    at = (selector.to(tl.int64) * SPLITS + split) * BINS + tl.arange(0, BINS)
-    tl.store(histogram + at, seen)
+        column += BLOCK
+        allowed = ((column < pending) | (column >= FIRST)) & (column < stop)
+        mask = (r < ROWS)[:, None] & allowed[None, :]
+        s = tl.load(at + column[None, :], mask=mask, other=float("-inf"))
+    here = (selector.to(tl.int64) * SPLITS + split) * BINS + tl.arange(0, BINS)
+    tl.store(histogram + here, seen)
 
 
 @triton.jit

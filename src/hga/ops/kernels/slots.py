@@ -13,25 +13,24 @@ AGES = tl.constexpr(64)  # older than this many steps counts as equally old
 @triton.jit
 def _list_groups(
     chosen,
-    chosen_stride,
     chosen_counts,
     listed,
     listed_stride,
     selector,
-    first,
-    BLOCK: tl.constexpr,
+    keep,
+    at,
     PER_NODE: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Archive groups of a block of chosen columns; -1 for pending ones, which live in `near`, and behind the end."""
-    at = first + tl.arange(0, BLOCK)
+    """Archive groups of chosen columns; -1 for pending ones, which live in `near`, and behind the end."""
     count = tl.load(chosen_counts + selector)
-    column = tl.load(chosen + selector.to(tl.int64) * chosen_stride + at, mask=at < count, other=-1)
+    column = tl.load(chosen + at, mask=at < keep, other=-1)  # not masked by `count`: both are asked for at once
+    archived = (column >= FIRST) & (at < count)
     unit = column - FIRST
     if PER_NODE > 0:
-        node = tl.load(listed + selector.to(tl.int64) * listed_stride + unit // PER_NODE, mask=column >= FIRST, other=0)
+        node = tl.load(listed + selector.to(tl.int64) * listed_stride + unit // PER_NODE, mask=archived, other=0)
         unit = node * PER_NODE + unit % PER_NODE
-    return tl.where(column >= FIRST, unit, -1)
+    return tl.where(archived, unit, -1)
 
 
 @triton.jit
@@ -47,12 +46,12 @@ def assign_kernel(
     owner,
     used_at,
     slots,
-    victims,
     addresses,
     addresses_stride,
     places,
     sources,
     missing_groups,
+    missing_places,
     missing_slots,
     missing_counts,
     traffic,
@@ -62,7 +61,7 @@ def assign_kernel(
     group_bytes,
     SELECTORS: tl.constexpr,
     SLOTS_B: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KEEP_B: tl.constexpr,
     PER_NODE: tl.constexpr,
     FIRST: tl.constexpr,
     DIRECT: tl.constexpr,
@@ -70,7 +69,7 @@ def assign_kernel(
     """A slot for every chosen group: its own where it is cached, else that of the least recently used group.
 
     places, int32 (selectors, chosen_stride): slot, -1 for pending groups. sources, int64 alike, if DIRECT: address of
-    what is missing in the store, 0 for what is not. What is missing is listed for `fetch_kernel`. traffic, int64
+    what is missing in the store, 0 for what is not. What is missing is listed, in the order chosen. traffic, int64
     (problems, 3): hits, misses, unique groups, all summed over steps.
     """
     problem = tl.program_id(0)
@@ -79,31 +78,36 @@ def assign_kernel(
     slot_of += problem.to(tl.int64) * slot_of_stride
     owner += problem * slots
     used_at += problem * slots
-    victims += problem * slots
     missing_groups += problem * slots
+    missing_places += problem * slots
     missing_slots += problem * slots
-    s = tl.arange(0, SLOTS_B)
+    s, at, t = tl.arange(0, SLOTS_B), tl.arange(0, KEEP_B), tl.arange(0, 4)
+    traffic += problem * 3 + t
+    before = tl.load(traffic, mask=t < 3, other=0)
     misses = 0
     hits = 0
     for head in range(SELECTORS):
         selector = problem * SELECTORS + head
-        wanted = 0
-        for first in range(0, keep, BLOCK):
-            group = _list_groups(
-                chosen, chosen_stride, chosen_counts, listed, listed_stride, selector, first, BLOCK, PER_NODE, FIRST
-            )
-            slot = tl.load(slot_of + group, mask=group >= 0, other=-1)
-            tl.store(used_at + slot, tl.zeros((BLOCK,), tl.int32) + step, mask=slot >= 0)
-            at = selector.to(tl.int64) * chosen_stride + first + tl.arange(0, BLOCK)
-            tl.store(places + at, slot, mask=first + tl.arange(0, BLOCK) < keep)
-            if DIRECT:
-                missing = (group >= 0) & (slot < 0)
-                chunk = addresses + row * addresses_stride + group // groups_per_chunk
-                inside = problem % kv_heads * groups_per_chunk + group % groups_per_chunk
-                source = tl.load(chunk, mask=missing, other=0) + inside.to(tl.int64) * group_bytes
-                tl.store(sources + at, tl.where(missing, source, 0), mask=first + tl.arange(0, BLOCK) < keep)
-            wanted += tl.sum(((group >= 0) & (slot < 0)).to(tl.int32), 0)
-            hits += tl.sum((slot >= 0).to(tl.int32), 0)
+        chosen_here = selector.to(tl.int64) * chosen_stride
+        held = tl.load(owner + s, mask=s < slots, other=-1)  # long before it is used: all of this is latencies
+        group = _list_groups(
+            chosen + chosen_here, chosen_counts, listed, listed_stride, selector, keep, at, PER_NODE, FIRST
+        )
+        slot = tl.load(slot_of + group, mask=group >= 0, other=-1)
+        missing = (group >= 0) & (slot < 0)
+        if DIRECT:  # asked for beside the slot, before anything waits for that
+            record = tl.load(addresses + row * addresses_stride + group // groups_per_chunk, mask=group >= 0, other=0)
+        tl.store(used_at + slot, tl.zeros((KEEP_B,), tl.int32) + step, mask=slot >= 0)
+        tl.store(places + chosen_here + at, slot, mask=(at < keep) & (missing == 0))
+        if DIRECT:
+            inside = problem % kv_heads * groups_per_chunk + group % groups_per_chunk
+            source = tl.where(missing, record + inside.to(tl.int64) * group_bytes, 0)
+            tl.store(sources + chosen_here + at, source, mask=at < keep)
+        rank = tl.cumsum(missing.to(tl.int32), 0) - 1
+        tl.store(missing_groups + misses + rank, group, mask=missing)
+        tl.store(missing_places + misses + rank, at, mask=missing)
+        wanted = tl.max(rank, 0) + 1
+        hits += tl.sum((slot >= 0).to(tl.int32), 0)
         tl.debug_barrier()
         if wanted > 0:
             age = step - tl.load(used_at + s, mask=s < slots, other=step)
@@ -111,37 +115,28 @@ def assign_kernel(
             a = tl.arange(0, AGES)
             from_oldest = tl.cumsum(tl.histogram(age, AGES, mask=s < slots), 0, reverse=True)
             oldest = tl.max(tl.where(from_oldest >= wanted, a, 0), 0)
-            older = age > oldest
+            left = wanted - tl.max(tl.where(a > oldest, from_oldest, 0), 0)  # less those older
             same = (age == oldest) & (s < slots)
-            left = wanted - tl.sum(older.to(tl.int32), 0)
-            evicted = older | (same & (tl.cumsum(same.to(tl.int32), 0) <= left))
-            tl.store(victims + tl.cumsum(evicted.to(tl.int32), 0) - 1, s, mask=evicted)
-            gone = tl.load(owner + s, mask=evicted, other=-1)
-            tl.store(slot_of + gone, tl.zeros((SLOTS_B,), tl.int32) - 1, mask=gone >= 0)
-            tl.debug_barrier()
-            taken = 0
-            for first in range(0, keep, BLOCK):
-                group = _list_groups(
-                    chosen, chosen_stride, chosen_counts, listed, listed_stride, selector, first, BLOCK, PER_NODE, FIRST
-                )
-                at = selector.to(tl.int64) * chosen_stride + first + tl.arange(0, BLOCK)
-                missing = (group >= 0) & (tl.load(places + at, mask=group >= 0, other=0) < 0)
-                rank = taken + tl.cumsum(missing.to(tl.int32), 0) - 1
-                slot = tl.load(victims + rank, mask=missing, other=0)
-                tl.store(owner + slot, group, mask=missing)
-                tl.store(used_at + slot, tl.zeros((BLOCK,), tl.int32) + step, mask=missing)
-                tl.store(slot_of + group, slot, mask=missing)
-                tl.store(places + at, slot, mask=missing)
-                tl.store(missing_groups + misses + rank, group, mask=missing)
-                tl.store(missing_slots + misses + rank, slot, mask=missing)
-                taken += tl.sum(missing.to(tl.int32), 0)
+            evicted = (age > oldest) | (same & (tl.cumsum(same.to(tl.int32), 0) <= left))
+            # The first slot that is given up takes the first missing group. What was held and what is missing differ.
+            turn = misses + tl.cumsum(evicted.to(tl.int32), 0) - 1
+            taken = tl.load(missing_groups + turn, mask=evicted, other=0)
+            place = tl.load(missing_places + turn, mask=evicted, other=0)
+            tl.store(slot_of + held, tl.zeros((SLOTS_B,), tl.int32) - 1, mask=evicted & (held >= 0))
+            tl.store(slot_of + taken, s, mask=evicted)
+            tl.store(owner + s, taken, mask=evicted)
+            tl.store(used_at + s, tl.zeros((SLOTS_B,), tl.int32) + step, mask=evicted)
+            tl.store(places + chosen_here + place, s, mask=evicted)
+            tl.store(missing_slots + turn, s, mask=evicted)
             misses += wanted
-        tl.debug_barrier()
+        if SELECTORS > 1:
+            tl.debug_barrier()
     tl.store(missing_counts + problem, misses)
-    in_use = tl.load(used_at + s, mask=s < slots, other=-1) == step
-    tl.store(traffic + problem * 3, tl.load(traffic + problem * 3) + hits)
-    tl.store(traffic + problem * 3 + 1, tl.load(traffic + problem * 3 + 1) + misses)
-    tl.store(traffic + problem * 3 + 2, tl.load(traffic + problem * 3 + 2) + tl.sum(in_use.to(tl.int32), 0))
+    unique = hits + misses
+    if SELECTORS > 1:
+        in_use = tl.load(used_at + s, mask=s < slots, other=-1) == step
+        unique = tl.sum(in_use.to(tl.int32), 0)
+    tl.store(traffic, before + tl.where(t == 0, hits, tl.where(t == 1, misses, unique)), mask=t < 3)
 
 
 @triton.jit
