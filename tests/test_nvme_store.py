@@ -219,7 +219,8 @@ def test_reads_bridge_what_costs_less_than_another_read():
     pieces = np.array([1, 2, 5, 9, 10, 63, 64])  # gaps of 2 and 3 pieces, and a far one; a run of 64 ends
     memory = memoryview(bytearray(len(pieces) * size))
     rows = np.array([2, 3, 4, 6, 5, 0, 1])
-    offsets, targets = plan_reads(pieces, memory, rows, size, unwanted)
+    offsets, targets, first = plan_reads(pieces, memory, rows, size, unwanted)
+    assert first.tolist() == [0, 5, 6]
     assert offsets == [size, 63 * size, 64 * size]
     assert [len(buffer) // size for buffer in targets[0]] == [2, 2, 1, 3, 1, 1]  # neighbours in both are one buffer
     assert [len(buffer) // size for buffer in targets[1] + targets[2]] == [1, 1]
@@ -227,7 +228,8 @@ def test_reads_bridge_what_costs_less_than_another_read():
         for buffer in read:
             buffer[:] = b"x" * len(buffer)
     assert bytes(memory) == b"x" * len(memory)
-    assert plan_reads(pieces[:0], memory, rows[:0], size, unwanted) == ([], [])
+    offsets, targets, first = plan_reads(pieces[:0], memory, rows[:0], size, unwanted)
+    assert (offsets, list(targets), first.tolist()) == ([], [], [])
 
 
 # ---- a saved file's chunks -----------------------------------------------------------------------------
