@@ -190,6 +190,11 @@ class NvmeStore:
         """See `Store.gpu_readable`."""
         return False
 
+    @property
+    def waits(self) -> bool:
+        """See `Store.waits`."""
+        return True
+
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
         for chunk in ids:
