@@ -67,7 +67,7 @@ def main() -> None:
     over = [nvme / ram for nvme, ram in zip(seconds["nvme"], seconds["ram"], strict=True)]
     processor_over = [nvme / ram for nvme, ram in zip(worked["nvme"], worked["ram"], strict=True)]
     found = {
-        "whole_model": options.model,
+        "whole_model": Path(options.model).name,
         "prefill_tokens": ids.shape[1],
         "budget_tokens": options.budget,
         "ram_cache_share": options.share,
