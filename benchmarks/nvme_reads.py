@@ -2,9 +2,10 @@
 
     HGA_SCRATCH=/folder/on/the/disk python benchmarks/nvme_reads.py --gib 2 --seconds 2
 
-The store's own reads, permutation and routing aside: cold groups of 8 KiB (its RAM cache holds few of them), 64 KiB
-as eight neighbouring pieces, and whole chunks. One JSON line a size: thousand reads a second and GB/s, medians of the
-rounds, in which both take turns.
+The store's own reads, permutation and routing aside: `fetch` of all groups in random places of 8 KiB and of 64 KiB, of
+which its RAM cache holds few, and `stage` of random chunks. Plain reads leave what they read where it came; the store
+delivers it. One JSON line a size: thousand places a second that came from the file, and GB/s, medians of the rounds, in
+which both take turns.
 """
 
 from __future__ import annotations
@@ -74,12 +75,24 @@ def store_rate(read: Callable[[Any], int], batches: list[Any], seconds: float) -
     return done / (time.perf_counter() - started)
 
 
+def places(generator: np.random.Generator, extents: int, size_bytes: int, batch_bytes: int) -> tuple[Any, Any]:
+    """All groups of random extents of the file, as many of each head: ids and groups (Hkv, n), ascending."""
+    head_bytes = LAYOUT.groups * LAYOUT.group_bytes
+    per_head = batch_bytes // size_bytes // LAYOUT.kv_heads
+    extent = generator.permutation(extents)
+    head = extent * size_bytes % LAYOUT.chunk_bytes // head_bytes
+    first = np.stack([np.sort(extent[head == h][:per_head]) for h in range(LAYOUT.kv_heads)]) * size_bytes
+    offset = (first[..., None] + np.arange(0, size_bytes, LAYOUT.group_bytes)).reshape(LAYOUT.kv_heads, -1)
+    group = offset % head_bytes // LAYOUT.group_bytes
+    return torch.from_numpy(offset // LAYOUT.chunk_bytes), torch.from_numpy(group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=2048, help="pieces asked for at once")
+    parser.add_argument("--batch", type=int, default=2048, help="times 8 KiB asked for at once")
     options = parser.parse_args()
     torch.set_num_threads(1)
     store = NvmeStore(LAYOUT, 2 * options.batch * PIECE_BYTES)
@@ -89,10 +102,8 @@ def main() -> None:
     assert store._files.reader is not None
     file = store._files.reader.file
     generator = np.random.default_rng(0)
-    per_chunk = LAYOUT.chunk_bytes // PIECE_BYTES
     for size_bytes in (PIECE_BYTES, 8 * PIECE_BYTES, LAYOUT.chunk_bytes):
         extents = chunks * LAYOUT.chunk_bytes // size_bytes
-        pieces = size_bytes // PIECE_BYTES
         if size_bytes == LAYOUT.chunk_bytes:
             out = torch.empty(16, *LAYOUT.shape, dtype=LAYOUT.dtype)
             batches = [generator.integers(0, chunks, 16).tolist() for _ in range(64)]
@@ -101,22 +112,12 @@ def main() -> None:
                 store.stage(ids, out)
                 return len(ids)
         else:
-            batches = []
-            for _ in range(64):
-                first = generator.integers(0, extents, options.batch // pieces)
-                number = (first[:, None] * pieces + np.arange(pieces)).ravel()
-                chunk, piece = number // per_chunk, number % per_chunk
-                groups = PIECE_BYTES // LAYOUT.group_bytes
-                head, within = piece * groups // LAYOUT.groups, piece * groups % LAYOUT.groups
-                by_head = [np.sort((chunk * LAYOUT.groups + within)[head == h]) for h in range(LAYOUT.kv_heads)]
-                least = min(map(len, by_head))
-                places = torch.from_numpy(np.stack([of_head[:least] for of_head in by_head]))
-                batches.append((places // LAYOUT.groups, places % LAYOUT.groups))
+            batches = [places(generator, extents, size_bytes, options.batch * PIECE_BYTES) for _ in range(64)]
 
-            def read(batch: Any) -> int:
-                before = store.traffic.stats().read_operations  # neighbouring pieces come by one read
+            def read(batch: Any, groups: int = size_bytes // LAYOUT.group_bytes) -> int:
+                before = store.traffic.ram_misses
                 store.fetch(*batch)
-                return store.traffic.stats().read_operations - before
+                return (store.traffic.ram_misses - before) // groups
 
         plain, ours = [], []
         for seed in range(options.rounds):

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import gc
 import os
 import signal
@@ -20,6 +21,7 @@ from tiny_model import tiny_model
 
 import hga
 from hga import HGACache, HGAConfig
+from hga.cache.routed import Tile
 from hga.store import NvmeStore
 
 SCENARIOS = {
@@ -176,6 +178,37 @@ def test_eio_in_a_decode_step_is_a_clear_error_and_never_a_token(monkeypatch):
             read(model, cache, ids[:, :1])
         with pytest.raises(RuntimeError, match="interrupted"):
             read(model, cache, ids[:, :1])
+
+
+def test_a_prefill_that_fails_while_the_next_tiles_groups_come_leaves_a_store_that_can_be_used(monkeypatch):
+    model, ids = tiny_model(), torch.arange(1, 601)[None] % 250
+    config = TINY.replace(store="nvme", ram_cache_bytes=1, block_tokens=600)
+    with hga.enabled(model, TINY):
+        wanted = read(model, HGACache(config=model.config, hga_config=TINY), ids)
+    attend, begun = Tile.attend, []
+
+    def fail(tile):
+        begun.append(any(block.started is not None for block in tile.blocks))
+        if len(begun) == 6:
+            raise MemoryError("no room for logits")
+        return attend(tile)
+
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        monkeypatch.setattr(Tile, "attend", fail)
+        with pytest.raises(MemoryError, match="no room for logits"):
+            read(model, cache, ids)
+        assert any(begun)  # tiles of the same closed chunks: the second's groups come while the third is routed
+        monkeypatch.setattr(Tile, "attend", attend)
+        cache.reset()
+        assert torch.equal(read(model, cache, ids), wanted)
+
+        def preadv(descriptor, buffers, offset):
+            raise OSError(5, os.strerror(5))
+
+        monkeypatch.setattr(NvmeStore, "__init__", functools.partialmethod(NvmeStore.__init__, preadv=preadv))
+        with pytest.raises(OSError, match="Input/output error"):
+            read(model, HGACache(config=model.config, hga_config=config), ids)
 
 
 def wait_for(condition, seconds=20):

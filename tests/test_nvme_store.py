@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hga.store import MemoryStore, NvmeStore, RecordLayout, SavedChunks, scratch
-from hga.store.extents import plan_reads
+from hga.store.extents import in_turn, plan_reads
 from hga.store.reader import OpenFile, Reader, Threads
 from hga.store.scratch import open_scratch
 from hga.store.traffic import Traffic
@@ -33,6 +33,14 @@ LAYOUTS = pytest.mark.parametrize("layout", [EVEN, ODD, WIDE, PAIRS], ids=["even
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HGA_SCRATCH", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(params=["at once", "in parts"])
+def delivery(request, monkeypatch):
+    """How batches arrive: these are small, and only large ones come in parts."""
+    if request.param == "in parts":
+        monkeypatch.setattr("hga.store.extents._PART_BYTES", 8192)
+    return request.param
 
 
 def chunks(layout, count, seed=0):
@@ -75,7 +83,7 @@ def assert_same_bytes(store, reference, ids, seed=0):
 @LAYOUTS
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("cache_bytes", [1, 100_000, 400_000, 1 << 24])
-def test_any_cache_gives_what_memory_gives(layout, spill, cache_bytes):
+def test_any_cache_gives_what_memory_gives(layout, spill, cache_bytes, delivery):
     store, reference = NvmeStore(layout, cache_bytes, spill=spill), MemoryStore(layout, CPU, "ram")
     ids: list[int] = []
     for turn, count in enumerate((1, 6, 17)):
@@ -219,7 +227,8 @@ def test_reads_bridge_what_costs_less_than_another_read():
     pieces = np.array([1, 2, 5, 9, 10, 63, 64])  # gaps of 2 and 3 pieces, and a far one; a run of 64 ends
     memory = memoryview(bytearray(len(pieces) * size))
     rows = np.array([2, 3, 4, 6, 5, 0, 1])
-    offsets, targets = plan_reads(pieces, memory, rows, size, unwanted)
+    offsets, targets, first = plan_reads(pieces, memory, rows, size, unwanted)
+    assert first.tolist() == [0, 5, 6]
     assert offsets == [size, 63 * size, 64 * size]
     assert [len(buffer) // size for buffer in targets[0]] == [2, 2, 1, 3, 1, 1]  # neighbours in both are one buffer
     assert [len(buffer) // size for buffer in targets[1] + targets[2]] == [1, 1]
@@ -227,7 +236,46 @@ def test_reads_bridge_what_costs_less_than_another_read():
         for buffer in read:
             buffer[:] = b"x" * len(buffer)
     assert bytes(memory) == b"x" * len(memory)
-    assert plan_reads(pieces[:0], memory, rows[:0], size, unwanted) == ([], [])
+    offsets, targets, first = plan_reads(pieces[:0], memory, rows[:0], size, unwanted)
+    assert (offsets, list(targets), first.tolist()) == ([], [], [])
+
+
+def test_pieces_are_read_in_the_order_in_which_they_are_delivered(delivery):
+    missing = np.array([True, False, True, True, True, True])
+    place = np.array([5, 1, 2, 0, 2, 5, 3, 4])
+    order, ends, cuts = in_turn(missing, place, 4096)
+    if delivery == "at once":
+        assert (order.tolist(), ends.tolist(), cuts.tolist()) == ([0, 2, 3, 4, 5], [5], [0, 8])
+    else:
+        assert cuts.tolist() == [0, 4, 8]
+        assert (order.tolist(), ends.tolist()) == ([0, 2, 5, 3, 4], [3, 5])
+
+
+def test_a_part_is_delivered_while_others_are_read(delivery):
+    free = threading.Event()
+    layout = RecordLayout(kv_heads=1, groups=64, group_size=4, head_dim=128, dtype=torch.bfloat16, ordered=False)
+
+    def preadv(descriptor, buffers, offset):
+        if offset >= 4 * 128 * 1024:
+            free.wait(1)
+        return os.preadv(descriptor, buffers, offset)
+
+    store = NvmeStore(layout, 1, preadv=preadv)
+    ids = store.append(*chunks(layout, 8))
+    settle(store)
+    delivered = []
+
+    def deliver(part, pieces, piece, row):
+        delivered.append((part.start, free.is_set()))
+        free.set()
+
+    store._bring(torch.tensor([ids]), torch.tensor([[0]]), torch.full((1, 8), 5), deliver)
+    if delivery == "in parts":
+        assert delivered[0] == (0, False)
+        assert delivered[-1][1]
+        assert len(delivered) == 4
+    else:
+        assert delivered == [(0, False)]  # after a wait
 
 
 # ---- a saved file's chunks -----------------------------------------------------------------------------
@@ -262,7 +310,7 @@ class Saved:
 
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("cache_bytes", [1, 100_000, 1 << 24])
-def test_a_saved_files_chunks_are_read_where_they_are(folder, spill, cache_bytes):
+def test_a_saved_files_chunks_are_read_where_they_are(folder, spill, cache_bytes, delivery):
     saved = Saved(folder)
     store, reference, ids = saved.open(cache_bytes, spill=spill)
     assert saved.checked == store.traffic.stats().written_bytes == 0
@@ -287,7 +335,7 @@ def test_a_saved_files_chunks_are_read_where_they_are(folder, spill, cache_bytes
 
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 24])
-def test_a_saved_chunk_that_is_damaged_is_found_whenever_it_is_read(folder, cache_bytes):
+def test_a_saved_chunk_that_is_damaged_is_found_whenever_it_is_read(folder, cache_bytes, delivery):
     saved = Saved(folder)
     store, reference, ids = saved.open(cache_bytes)
     raw = bytearray(saved.path.read_bytes())
@@ -420,7 +468,7 @@ def faulty(fault):
 
 
 @pytest.fixture
-def broken():
+def broken(delivery):
     """A store whose reads fail as told, and the memory store that holds the same."""
     fault: list = []
     store, reference = (

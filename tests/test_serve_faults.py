@@ -20,7 +20,7 @@ import hga
 from hga.cache import layer
 from hga.cache.saved import read_context
 from hga.integrations.transformers import step
-from hga.serving.answer import Answer
+from hga.serving.answer import Answer, Request
 from hga.serving.contexts import find_saved
 from hga.store import MemoryStore
 from hga.store.host import HostRoomError, return_freed_memory
@@ -80,6 +80,32 @@ def test_a_request_that_never_fits_costs_nobody_anything(monkeypatch: pytest.Mon
         monkeypatch.setattr(hga.HGACache, "check_room", refuse)
         assert complete(server, "z" * 600).status_code == 503
         assert cached(server, "a" * 500) == 499
+
+
+def test_room_is_asked_for_the_answer_as_for_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an answer would end in the middle, on a disk or in a host that held its prompt."""
+    model, tokenizer = model_and_tokenizer()
+    prompt = tokenizer("a" * 100).input_ids
+
+    def begin(max_tokens: int) -> Answer:
+        cache = hga.HGACache(config=model.config, hga_config=SMALL)
+        return Answer(model, tokenizer, cache, Request(prompt, max_tokens))
+
+    wanted = []
+    monkeypatch.setattr("hga.cache.cache.check_host_room", lambda size_bytes, purpose: wanted.append(size_bytes))
+    begin(1)
+    begin(400)
+    per_token = 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
+    assert wanted[1] - wanted[0] >= 399 // SMALL.chunk_size * SMALL.chunk_size * per_token
+
+    def refuse(size_bytes: int, purpose: str) -> None:
+        if size_bytes > wanted[0]:
+            raise HostRoomError("the archive needs too much", size_bytes - wanted[0])
+
+    monkeypatch.setattr("hga.cache.cache.check_host_room", refuse)
+    begin(1)
+    with pytest.raises(HostRoomError, match="needs too much"):
+        begin(400)
 
 
 @pytest.mark.parametrize("kind", ["python", "torch on a CPU"])

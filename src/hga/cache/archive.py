@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,11 +16,50 @@ from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
 from hga.ops.precision import Rows, resolve_summary_dtype
 from hga.store import RecordLayout, Store
+from hga.store.reader import MOST_THREADS, shared_threads
 
 _STREAMED_CHUNKS = 8
 _STAGED_BYTES = 32 << 20  # of each of the two buffers that records are streamed through
 
 OpenStore = Callable[[RecordLayout], Store]
+
+
+class Fetch:
+    """K/V of groups on their way from a store, which nobody else may use until they have come."""
+
+    def __init__(self, fetch: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> None:
+        self._device = device
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._fetch = fetch
+        self._threads = shared_threads("hga-fetch", MOST_THREADS)
+        self._threads.submit(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._found = self._fetch()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def drop(self) -> None:
+        """Wait until the store is free again."""
+        self._done.wait()
+        self._error = None  # its traceback holds this object
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """As `Archive.fetch`, its errors included."""
+        self._done.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        assert self._found is not None
+        keys, values = self._found
+        return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
 
 
 class Archive:
@@ -140,6 +180,14 @@ class Archive:
         per_chunk = self._config.chunk_size // self._config.group_size
         keys, values = self.store.fetch(places // per_chunk, places % per_chunk)
         return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
+
+    def begin_fetch(self, places: Tensor) -> Fetch | None:
+        """`fetch` beside the caller's work, where the store waits for a device; else None: it has to be called."""
+        if not self.store.waits:
+            return None
+        per_chunk = self._config.chunk_size // self._config.group_size
+        ids, groups = (places // per_chunk).cpu(), (places % per_chunk).cpu()
+        return Fetch(functools.partial(self.store.fetch, ids, groups), self._device)
 
     def addresses(self) -> Tensor:
         """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""

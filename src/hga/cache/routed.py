@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hga.cache.archive import Archive
+from hga.cache.archive import Archive, Fetch
 from hga.config import HGAConfig
 from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.routing import bias, choose, score, score_blocks, unite
@@ -63,15 +63,54 @@ class Routed:
     fetched_bytes: int
 
 
-def attend_routed(
+@dataclass(frozen=True)
+class Tile:
+    """Queries that know what they attend to: the K/V that they open may come while another tile is attended."""
+
+    query: Tensor
+    parts: list[Part]
+    far: FarField | None
+    blocks: list[OpenedBlock]
+    scoring: Scoring
+    unique_opened: Tensor | None
+
+    def start(self) -> bool:
+        """Begin to fetch beside the caller's work, if that saves waiting; returns whether it has begun.
+
+        `attend` or `drop` then comes before anything else that uses the store.
+        """
+        return bool(self.blocks) and self.blocks[0].start()
+
+    def drop(self) -> None:
+        """Wait for what `start` began, whatever comes of it."""
+        if self.blocks:
+            self.blocks[0].drop()
+
+    def attend(self) -> Routed:
+        """Fetch what is not there yet and attend."""
+        query, softcap, sinks = self.query, self.scoring.softcap, self.scoring.sinks
+        fetched_bytes = 0
+        if len(self.blocks) <= 1:
+            for block in self.blocks:
+                part, fetched_bytes = block.fetch(query, softcap)
+                self.parts.append(part)
+            return Routed(attend_once(self.parts, self.far, sinks), self.unique_opened, fetched_bytes)
+        output = attend(self.parts, self.far)
+        for block in self.blocks:
+            part, block_bytes = block.fetch(query, softcap)
+            output, fetched_bytes = merge(output, attend([part])), max(fetched_bytes, block_bytes)
+        return Routed(add_sinks(output, sinks), self.unique_opened, fetched_bytes)
+
+
+def route_tile(
     config: HGAConfig,
     query: Tensor,
     near: Near,
     archive: Archive | None,
     scoring: Scoring,
     inverse_frequencies: Tensor | None,
-) -> Routed:
-    """Route and attend scaled queries of one tile (H, R, M, D) whose closed chunks are in `archive`.
+) -> Tile:
+    """Route scaled queries of one tile (H, R, M, D) whose closed chunks are in `archive`.
 
     A query attends exactly to the sink, its window and the groups that it opens; groups between the archive
     and its window are formed by position and opened like any other.
@@ -109,17 +148,7 @@ def attend_routed(
             else:
                 far = FarField(candidates.node_logits, logits.unflatten(-1, (-1, per_node)), candidates.nodes, values)
     unique = opened.any(1).sum(-1).double().mean(0) * size if opened.shape[1] > 1 else None
-    fetched_bytes = 0
-    if len(blocks) <= 1:
-        for block in blocks:
-            part, fetched_bytes = block.fetch(query, softcap)
-            parts.append(part)
-        return Routed(attend_once(parts, far, scoring.sinks), unique, fetched_bytes)
-    output = attend(parts, far)
-    for block in blocks:
-        part, block_bytes = block.fetch(query, softcap)
-        output, fetched_bytes = merge(output, attend([part])), max(fetched_bytes, block_bytes)
-    return Routed(add_sinks(output, scoring.sinks), unique, fetched_bytes)
+    return Tile(query, parts, far, blocks, scoring, unique)
 
 
 def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: float | None) -> Candidates:
@@ -138,7 +167,7 @@ def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: f
     return Candidates(scores, nodes, node_scores.add_(bias(chosen, work, math.log(config.node_size))))
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedBlock:
     """Opened groups, few enough to be held at once: places in the store (H, V), member bool (H, R', M, V)."""
 
@@ -146,10 +175,21 @@ class OpenedBlock:
     archive: Archive
     places: Tensor
     member: Tensor
+    started: Fetch | None = None
+
+    def start(self) -> bool:
+        """Begin to fetch beside the caller's work, if the store waits for a device; returns whether it has begun."""
+        self.started = self.archive.begin_fetch(self.places)
+        return self.started is not None
+
+    def drop(self) -> None:
+        """Wait for what was begun."""
+        if self.started is not None:
+            self.started.drop()
 
     def fetch(self, query: Tensor, softcap: float | None) -> tuple[Part, int]:
         """Fetch the groups, once for all queries of the tile: their part, and the bytes fetched."""
-        keys, values = self.archive.fetch(self.places)
+        keys, values = self.archive.fetch(self.places) if self.started is None else self.started.result()
         fetched_bytes = keys.numel() * keys.element_size() * 2
         logits = score(query, keys.to(query.dtype), softcap)
         logits.add_(bias(~self.member, query.dtype).repeat_interleave(self.config.group_size, -1))

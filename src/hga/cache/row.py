@@ -16,7 +16,7 @@ from torch import Tensor
 from hga.cache.archive import Archive, OpenStore
 from hga.cache.block import attend_exact_block, attend_routed_block
 from hga.cache.kernels import kernels_serve
-from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, attend_routed
+from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, Tile, route_tile
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import Rows, compute_dtype
@@ -204,13 +204,30 @@ class Row:
         for start, stop in _blocks(first, routed_from, self._dense_block(query)):
             here = slice(start - first, stop - first)
             out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring)
-        while routed_from < self.length:
-            stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
-            self._close(closed_chunks(config, routed_from))
-            for start, end in _blocks(routed_from, stop, self._routed_block(query)):
-                here = slice(start - first, end - first)
-                out[:, :, here] = self._attend_routed(query[:, :, here], start, scoring)
-            routed_from = stop
+        ahead: list[tuple[Tile, int]] = []  # a tile whose K/V are on their way while the next one is routed
+
+        def attend_ahead() -> None:
+            for tile, start in ahead:
+                end = start + tile.query.shape[2]
+                out[:, :, start - first : end - first] = self._attend_tile(tile, start)
+            ahead.clear()
+
+        try:
+            while routed_from < self.length:
+                stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
+                if closed_chunks(config, routed_from) > self.chunks:
+                    attend_ahead()
+                self._close(closed_chunks(config, routed_from))
+                for start, end in _blocks(routed_from, stop, self._routed_block(query)):
+                    tile = self._route(query[:, :, start - first : end - first], start, scoring)
+                    attend_ahead()
+                    ahead.append((tile, start))
+                    if end == self.length or not tile.start():
+                        attend_ahead()
+                routed_from = stop
+        finally:
+            for tile, _ in ahead:  # after an error: nobody else may use the store before they have come
+                tile.drop()
 
     def _attend_exact(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """`_attend_dense` by kernels, queries not scaled."""
@@ -218,7 +235,7 @@ class Row:
         return attend_exact_block(query, self._near(), self._index_of(first), self._archive, scoring)
 
     def _attend_block(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
-        """`_attend_routed` by kernels for all tiles of a block that ends with the row, queries not scaled."""
+        """Routed attention by kernels for all tiles of a block that ends with the row, queries not scaled."""
         config = self._config
         keys, values = self._near()
         near = (keys.clone(), values.clone())  # closing moves the tokens behind a closed chunk
@@ -244,14 +261,18 @@ class Row:
         self._counters.add_dense(query.shape[2])
         return add_sinks(output, scoring.sinks)
 
-    def _attend_routed(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
-        """Route and attend queries of one tile, scaled, whose closed chunks are in the archive."""
-        place, queries = self._index_of(first), query.shape[2]
-        keys, values = (x[:, : place + queries].to(query.dtype) for x in self._near())
-        near = Near(keys, values, place)
+    def _route(self, query: Tensor, first: int, scoring: Scoring) -> Tile:
+        """Route queries of one tile, scaled, whose closed chunks are in the archive."""
+        place = self._index_of(first)
+        keys, values = (x[:, : place + query.shape[2]].to(query.dtype) for x in self._near())
         archive = self._archive if self.chunks else None
-        routed = attend_routed(self._config, query, near, archive, scoring, self._inverse_frequencies)
-        self._count(first, queries, self.chunks, routed.unique_opened, routed.fetched_bytes)
+        near = Near(keys, values, place)
+        return route_tile(self._config, query, near, archive, scoring, self._inverse_frequencies)
+
+    def _attend_tile(self, tile: Tile, start: int) -> Tensor:
+        """Attend a tile that was routed, before another chunk closes."""
+        routed = tile.attend()
+        self._count(start, tile.query.shape[2], self.chunks, routed.unique_opened, routed.fetched_bytes)
         return routed.output
 
     def _count(self, first: int, queries: int, chunks: int, unique: Tensor | None, fetched_bytes: int) -> None:

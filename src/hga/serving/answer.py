@@ -52,7 +52,7 @@ class Answer:
         config = cache.hga_config
         self._block = config.block_tokens if model.device.type == "cuda" else min(config.block_tokens, CPU_BLOCK_TOKENS)
         cache.reset_counters()
-        cache.check_room(len(request.prompt_ids) - self.fed_tokens, dtype=model.dtype)
+        cache.check_room(len(request.prompt_ids) - self.fed_tokens + request.max_tokens, dtype=model.dtype)
 
     @property
     def ids(self) -> list[int]:

@@ -149,6 +149,11 @@ class MemoryStore:
         """See `Store.gpu_readable`."""
         return all(self._readable)
 
+    @property
+    def waits(self) -> bool:
+        """See `Store.waits`."""
+        return False
+
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
         for chunk in ids:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hga.store.extents import fit_piece, runs
+from hga.store.extents import fit_piece, in_turn, runs
 from hga.store.host import allocate_host, check_host_room
 from hga.store.piece_files import PieceFiles
-from hga.store.pieces import PieceCache, find_distinct, take_rows
-from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader
+from hga.store.pieces import PieceCache, take_rows
+from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader, is_over
 from hga.store.record import RecordLayout, check_records
 from hga.store.saved import SavedChunks
 from hga.store.scratch import Pwritev, WriteBehind, open_scratch, reserve
@@ -25,6 +25,11 @@ from hga.store.traffic import Traffic
 _FIRST_CHUNKS = 16
 _GROWTH = 4  # the file grows by a quarter
 _LARGEST_GROWTH_BYTES = 256 << 20
+
+_Deliver = Callable[[slice, Any, Any, Any], None]
+"""Takes some of the groups asked for, which lie in pieces (n, bytes): which piece, and which row in it, each is."""
+_HandOver = Callable[[int, Any, Any], None]
+"""Delivers a part of a batch: its number, pieces (n, bytes), and where in them each distinct piece is."""
 
 
 class NvmeStore:
@@ -156,17 +161,22 @@ class NvmeStore:
         shape = (*groups.shape, layout.group_size, layout.head_dim)
         keys, values = (torch.empty(shape, dtype=layout.dtype) for _ in range(2))
         to_keys, to_values = (x.view(-1).view(torch.uint8).view(-1, half).numpy() for x in (keys, values))
-        heads = torch.arange(layout.kv_heads)[:, None]
-        for part, held, slots, rows in self._parts(ids.cpu(), heads, groups.cpu()):
-            take_rows(held, slots, 2 * rows, to_keys[part])  # K and V of a group are neighbours
-            take_rows(held, slots, 2 * rows + 1, to_values[part])
+
+        def deliver(part: slice, pieces: Any, piece: Any, row: Any) -> None:
+            take_rows(pieces, piece, 2 * row, to_keys[part])  # K and V of a group are neighbours
+            take_rows(pieces, piece, 2 * row + 1, to_values[part])
+
+        self._bring(ids.cpu(), torch.arange(layout.kv_heads)[:, None], groups.cpu(), deliver)
         return keys, values
 
     def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
         """See `Store.collect`. One batch, as long as the cache holds it."""
         target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
-        for part, held, slots, rows in self._parts(ids, heads, groups):
-            take_rows(held, slots, rows, target[part])
+
+        def deliver(part: slice, pieces: Any, piece: Any, row: Any) -> None:
+            take_rows(pieces, piece, row, target[part])
+
+        self._bring(ids, heads, groups, deliver)
 
     def addresses(self, ids: list[int]) -> NoReturn:
         """TypeError: records on a file have no address; kernels ask `gpu_readable` first."""
@@ -179,6 +189,11 @@ class NvmeStore:
     def gpu_readable(self) -> bool:
         """See `Store.gpu_readable`."""
         return False
+
+    @property
+    def waits(self) -> bool:
+        """See `Store.waits`."""
+        return True
 
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
@@ -315,69 +330,74 @@ class NvmeStore:
 
     # ---- bringing ------------------------------------------------------------------------------------
 
-    def _parts(self, ids: Tensor, heads: Tensor, groups: Tensor) -> Iterator[tuple[slice, Any, Any, Any]]:
-        """Bring groups, indices that broadcast, in parts of bounded size.
-
-        Yields a part of them, pieces (n, bytes), which of these and which row in it each group is. They hold until
-        the next part.
-        """
+    def _bring(self, ids: Tensor, heads: Tensor, groups: Tensor, deliver: _Deliver) -> None:
+        """Bring groups, indices that broadcast, and deliver them in parts: the first while others are read."""
         per_piece = self._piece_bytes // self._group_bytes
         index: Any = (heads * self.layout.groups + groups).numpy()  # in the chunk
         wanted, rows = (ids.numpy() * self._pieces + index // per_piece).ravel(), (index % per_piece).ravel()
         at_once = max(self._slots, STAGED_BYTES // self._piece_bytes)
         for start in range(0, len(wanted), at_once):
-            part = slice(start, start + at_once)
-            found = self._cache.find(wanted[part])
+            batch = slice(start, min(start + at_once, len(wanted)))
+            found = self._cache.find(wanted[batch])
             hit = found >= 0
             self._cache.begin(found[hit])
             hits = int(hit.sum())
             self.traffic.add_look_ups(hits, len(hit) - hits)
             if hits == len(hit):
-                yield part, self._cache.memory, found, rows[part]
+                deliver(batch, self._cache.memory, found, rows[batch])
                 continue
-            pieces, place = find_distinct(wanted[part], self._capacity * self._pieces)
+            pieces, place = self._cache.find_distinct(wanted[batch])
             slots = self._cache.find(pieces)
-            if len(pieces) <= self._slots:
-                self._bring(pieces, slots)
-                yield part, self._cache.memory, slots[place], rows[part]
-            else:
-                with borrow(len(pieces) * self._piece_bytes) as block:
-                    staged: Any = block.bytes.numpy()[: len(pieces) * self._piece_bytes].reshape(len(pieces), -1)
-                    self._stage_pieces(pieces, slots, staged)
-                    yield part, staged, place, rows[part]
+            missing, ends, cuts = in_turn(slots < 0, place, self._piece_bytes)
 
-    def _bring(self, pieces: Any, slots: Any) -> None:
-        """Read ascending pieces that have no slot into some, and note them in `slots`."""
-        missing = slots < 0
-        if not missing.any():
-            return
-        taken = self._cache.take(int(missing.sum()))
+            def hand_over(
+                part: int, memory: Any, where: Any, place: Any = place, cuts: Any = cuts, start: int = start
+            ) -> None:
+                here = slice(cuts[part], cuts[part + 1])
+                there = slice(start + here.start, start + here.stop)
+                deliver(there, memory, where[place[here]], rows[there])
+
+            if len(pieces) <= self._slots:
+                self._read_to_cache(pieces, slots, missing, ends, hand_over)
+            else:
+                self._read_past_cache(pieces, slots, missing, ends, hand_over)
+
+    def _read_to_cache(self, pieces: Any, slots: Any, missing: Any, ends: Any, hand_over: _HandOver) -> None:
+        """Read those of some pieces that have no slot, in parts, into slots, and note these."""
+        taken = self._cache.take(len(missing))
+        slots[missing] = taken
+        memory = self._cache.memory
         try:
-            self._files.load(pieces[missing], self._cache.raw, taken)
+            self._files.load(pieces[missing], self._cache.raw, taken, ends, lambda part: hand_over(part, memory, slots))
         except BaseException as error:
-            if isinstance(error, OSError | ValueError) and not isinstance(error, TimeoutError):
+            if is_over(error):
                 self._cache.give_back(taken)
-            else:  # also after an interrupt, late reads may still write into the old one
+            else:  # late reads may still write into the old one
                 self._cache = self._fresh_cache()
             raise
         self._cache.put(pieces[missing], taken)
-        slots[missing] = taken
 
-    def _stage_pieces(self, pieces: Any, slots: Any, staged: Any) -> None:
-        """Copy ascending pieces, more than the cache holds, to rows (n, bytes); some of those read stay in the cache.
+    def _read_past_cache(self, pieces: Any, slots: Any, missing: Any, ends: Any, hand_over: _HandOver) -> None:
+        """The same for more pieces than the cache holds, into borrowed memory; some of those read stay in the cache.
 
         As many as have room beside what this batch found there, of all of it alike: a scan then leaves what is used
         again and again where it is.
         """
-        hit = slots >= 0
-        staged[hit] = self._cache.memory[slots[hit]]
-        missing = np.flatnonzero(~hit)
-        self._files.load(pieces[missing], memoryview(staged).cast("B"), missing)
-        room = min(len(missing), self._slots - int(hit.sum()))
-        kept = missing[np.arange(room) * len(missing) // max(1, room)]
-        taken = self._cache.take(room)
-        self._cache.memory[taken] = staged[kept]
-        self._cache.put(pieces[kept], taken)
+        size, hit = self._piece_bytes, np.flatnonzero(slots >= 0)
+        with borrow(len(pieces) * size) as block:
+            staged: Any = block.bytes.numpy()[: len(pieces) * size].reshape(-1, size)
+
+            def arrived(part: int) -> None:
+                if not part:
+                    staged[hit] = self._cache.memory[slots[hit]]
+                hand_over(part, staged, np.arange(len(pieces)))
+
+            self._files.load(pieces[missing], memoryview(staged).cast("B"), missing, ends, arrived)
+            room = min(len(missing), self._slots - len(hit))
+            kept = missing[np.arange(room) * len(missing) // max(1, room)]
+            taken = self._cache.take(room)
+            self._cache.memory[taken] = staged[kept]
+            self._cache.put(pieces[kept], taken)
 
     def _gather(self, ids: list[int], rows: Any) -> None:
         """Copy whole chunks to rows (n, stride) of page-aligned memory: from the cache, the queue or a file."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hga.store.extents import plan_reads
 from hga.store.host import allocate_host
-from hga.store.reader import Reader
+from hga.store.reader import Batch, Reader, is_over
 from hga.store.saved import SavedChunks
 from hga.store.scratch import WriteBehind
 
@@ -38,23 +39,48 @@ class PieceFiles:
         """Where a chunk begins in the scratch file, in bytes."""
         return (chunk - self.first_own) * self._per_chunk * self._piece_bytes
 
-    def load(self, pieces: Any, memory: memoryview, rows: Any) -> None:
-        """Fill rows of memory with ascending pieces: neighbours in a file come by one read. Errors as `Reader.read`.
+    def load(self, pieces: Any, memory: memoryview, rows: Any, ends: Any, arrived: Callable[[int], object]) -> None:
+        """Fill rows of memory with pieces, neighbours in a file by one read, and tell of each part that has arrived.
 
-        ValueError for a saved piece that is not what was saved.
+        ends: of the parts, each of ascending pieces, in pieces. All are read at once, and arrive in order. Errors as
+        `Reader.read`, and ValueError for a saved piece that is not what was saved; no read is under way behind them.
         """
-        own = self.first_own * self._per_chunk
-        split = int(np.searchsorted(pieces, own))
-        if split and self.saved is not None:
-            offsets, targets = self._plan(pieces[:split], memory, rows[:split])
-            _read(self._saved_reader, [self.saved.start + offset for offset in offsets], targets)
-            for piece, row in zip(pieces[:split].tolist(), rows[:split].tolist(), strict=True):
-                self.saved.check(piece, memory[row * self._piece_bytes : (row + 1) * self._piece_bytes])
-        pieces, rows = pieces[split:], rows[split:]
+        size, own = self._piece_bytes, self.first_own * self._per_chunk
+        is_saved = pieces < own
+        saved, on_file = np.flatnonzero(is_saved), ~is_saved
         if self.writer is not None and self.writer.busy:
-            on_file = self._take_waiting(pieces, memory, rows)
-            pieces, rows = pieces[on_file], rows[on_file]
-        _read(self.reader, *self._plan(pieces - own, memory, rows))
+            on_file &= self._take_waiting(pieces, memory, rows)
+        batches: list[Batch] = []
+
+        def start(reader: Reader | None, index: Any, base: int) -> None:
+            if len(index):
+                assert reader is not None
+                plan = plan_reads(pieces[index], memory, rows[index], size, self._unwanted, base)
+                offsets, targets, first = plan
+                batches.append(reader.start(offsets, targets, np.searchsorted(index[first], ends).tolist()))
+
+        try:
+            start(self._saved_reader, saved, 0 if self.saved is None else self.saved.start)
+            start(self.reader, np.flatnonzero(on_file), -own * size)
+            checked = 0
+            for part, end in enumerate(np.searchsorted(saved, ends).tolist()):
+                for batch in batches:
+                    batch.wait(part)
+                for index in saved[checked:end].tolist():
+                    assert self.saved is not None
+                    row = int(rows[index])
+                    self.saved.check(int(pieces[index]), memory[row * size : (row + 1) * size])
+                checked = end
+                arrived(part)
+            for batch in batches:
+                batch.finish()
+        except BaseException as error:
+            for batch in batches:
+                batch.stop()
+            if is_over(error):
+                for batch in batches:
+                    batch.settle()
+            raise
 
     def load_chunks(self, chunks: list[int], rows: list[Any]) -> None:
         """Fill rows of page-aligned memory with whole chunks."""
@@ -87,9 +113,6 @@ class PieceFiles:
         """Write nothing more."""
         if self.writer is not None:
             self.writer.cancel()
-
-    def _plan(self, pieces: Any, memory: memoryview, rows: Any) -> tuple[list[int], list[list[memoryview]]]:
-        return plan_reads(pieces, memory, rows, self._piece_bytes, self._unwanted)
 
     def _waiting(self, chunk: int) -> Any:
         """The bytes of a chunk that is not in the scratch file yet; else None."""

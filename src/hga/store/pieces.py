@@ -23,6 +23,7 @@ class PieceCache:
         self.memory: Any = self._block.bytes.view(slots, piece_bytes).numpy()
         self.raw: memoryview = self.memory.data.cast("B")
         self._slot_of: Any = np.empty(0, np.int32)  # by piece
+        self._mark: Any = np.empty(0, np.int32)  # by piece, for a look at a batch
         self._piece_of: Any = np.full(slots, _NOTHING, np.int64)
         self._used: Any = np.zeros(slots, np.int64)  # number of the last batch that used a slot
         self._batch = 0
@@ -34,10 +35,19 @@ class PieceCache:
         """Make numbers below `pieces` known."""
         added = np.full(pieces - len(self._slot_of), _NOTHING, np.int32)
         self._slot_of = np.concatenate([self._slot_of, added])
+        self._mark = np.empty(pieces, np.int32)
 
     def find(self, pieces: Any) -> Any:
         """Slots of pieces, negative where one is not cached."""
         return self._slot_of[pieces]
+
+    def find_distinct(self, pieces: Any) -> tuple[Any, Any]:
+        """Distinct ones of pieces, ascending, and which of them each is. Marks are quicker than sorting all."""
+        turn, mark = np.arange(len(pieces), dtype=np.int32), self._mark
+        mark[pieces] = turn
+        distinct = np.sort(pieces[mark[pieces] == turn])  # each once: where it comes last
+        mark[distinct] = turn[: len(distinct)]
+        return distinct, mark[pieces]
 
     def begin(self, slots: Any) -> None:
         """Begin a batch that uses these slots: they stay while it lasts."""
@@ -83,7 +93,7 @@ class PieceCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of memory touched, and of the tables."""
-        tables = (self._slot_of, self._piece_of, self._used)
+        tables = (self._slot_of, self._mark, self._piece_of, self._used)
         return self._fresh * self.piece_bytes + sum(int(table.nbytes) for table in tables)
 
     def _choose(self, count: int) -> Any:
@@ -96,19 +106,10 @@ class PieceCache:
             usable = np.flatnonzero(self._usable(np.arange(self.slots)))
         if len(usable) > count:
             usable = usable[np.argpartition(self._used[usable], count - 1)[:count]]
-        return usable
+        return np.sort(usable)  # neighbours of a file that come to neighbours are one buffer
 
     def _usable(self, slots: Any) -> Any:
         return (self._used[slots] < self._batch) & (self._piece_of[slots] != _NOTHING)
-
-
-def find_distinct(numbers: Any, limit: int) -> tuple[Any, Any]:
-    """Distinct numbers below a limit, ascending, and which of them each is. Marks are quicker than sorting."""
-    seen, place = np.zeros(limit, bool), np.empty(limit, np.int32)
-    seen[numbers] = True
-    distinct = np.flatnonzero(seen)
-    place[distinct] = np.arange(len(distinct))
-    return distinct, place[numbers]
 
 
 def take_rows(pieces: Any, piece: Any, row: Any, out: Any) -> None:

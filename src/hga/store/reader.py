@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import errno
 import fcntl
-import itertools
 import mmap
 import os
 import queue
@@ -14,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from hga.store.traffic import Traffic
 
@@ -25,6 +25,7 @@ MOST_THREADS = 256
 """That read for all: more than one caller needs, so that those which a hung device holds do not stop other files."""
 DEADLINE_SECONDS = 60.0
 """I/O that makes no progress for this long is given up."""
+_SHARE = 4  # extents that a thread takes at once, where there are enough for all
 _END_SECONDS = 5.0  # that a process which ends waits for I/O under way
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
@@ -85,23 +86,30 @@ class Reader:
         OSError) if nothing moves within the deadline: a late read may then still write into the buffers, which must
         not be used again.
         """
-        if not offsets:
-            return
+        if offsets:
+            self.start(offsets, targets).finish()
+
+    def start(self, offsets: Sequence[int], targets: Sequence[Sequence[memoryview]], ends: Sequence[int] = ()) -> Batch:
+        """Begin to read, as `read` does, parts that can be waited for one by one. Threads ask for targets[i].
+
+        ends: where each part ends, in extents; without, all of them are one.
+        """
         if not self.file.direct and hasattr(os, "posix_fadvise"):
             for offset, buffers in zip(offsets, targets, strict=True):
                 os.posix_fadvise(self.file.descriptor, offset, sum(map(len, buffers)), os.POSIX_FADV_WILLNEED)
         self.traffic.note_queue(len(offsets))
-        batch = _Batch(self, offsets, targets, min(len(offsets), THREADS))
+        batch = Batch(self, offsets, targets, ends or (len(offsets),))
         for _ in range(batch.workers):
             self._threads.submit(batch.work)
-        batch.wait(self.deadline_seconds)
+        return batch
 
     def read_extent(self, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fill consecutive buffers in the calling thread; returns the bytes read."""
-        wanted, done = sum(map(len, buffers)), 0
+        wanted, done = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)), 0
         while done < wanted:
             try:
-                got = self._preadv(self.file.descriptor, _behind(buffers, done), offset + done)
+                left = _behind(buffers, done) if done else buffers
+                got = self._preadv(self.file.descriptor, left, offset + done)
             except OSError as error:
                 raise OSError(
                     error.errno, f"reading {wanted} bytes at offset {offset} of {self.file.name}: {error.strerror}"
@@ -119,18 +127,23 @@ class Reader:
         return wanted
 
 
-class _Batch:
-    """Extents that threads take in turn."""
+class Batch:
+    """Extents on their way: threads take them in turn, neighbours together, and parts of them arrive in order."""
 
     def __init__(
-        self, reader: Reader, offsets: Sequence[int], targets: Sequence[Sequence[memoryview]], workers: int
+        self, reader: Reader, offsets: Sequence[int], targets: Sequence[Sequence[memoryview]], ends: Sequence[int]
     ) -> None:
-        self.workers = workers
         self._reader, self._offsets, self._targets = reader, offsets, targets
-        self._next = itertools.count()  # its steps are atomic
-        self._lock = threading.Lock()
-        self._working = workers
-        self._done = threading.Event()
+        size = max(1, min(_SHARE, len(offsets) // (4 * THREADS)))
+        shares = [
+            (part, range(start, min(start + size, end)))
+            for part, (begin, end) in enumerate(pairwise((0, *ends)))
+            for start in range(begin, end, size)
+        ]
+        self._shares = iter(shares)  # its steps are atomic
+        self._left = [-(-(end - begin) // size) for begin, end in pairwise((0, *ends))]  # shares of each part
+        self.workers = self._working = min(len(shares), THREADS)
+        self._changed = threading.Condition()
         self._moved = time.monotonic()
         self._error: BaseException | None = None
         self._stopped = False
@@ -139,39 +152,77 @@ class _Batch:
         """Read extents until none is left."""
         latencies: list[float] = []
         read_bytes = 0
+        read, offsets, targets = self._reader.read_extent, self._offsets, self._targets
         try:
-            while not self._stopped and (index := next(self._next)) < len(self._offsets):
-                started = time.perf_counter()
-                read_bytes += self._reader.read_extent(self._offsets[index], self._targets[index])
-                latencies.append(time.perf_counter() - started)
-                self._moved = time.monotonic()
+            for part, share in self._shares:
+                started = time.monotonic()
+                for index in share:
+                    if self._stopped:
+                        return
+                    read_bytes += read(offsets[index], targets[index])
+                    self._moved = ended = time.monotonic()
+                    latencies.append(ended - started)
+                    started = ended
+                with self._changed:
+                    self._left[part] -= 1
+                    if not self._left[part]:
+                        self._changed.notify()
         except BaseException as error:
             self._error, self._stopped = error, True
-        self._reader.traffic.add_reads(latencies, read_bytes)
-        with self._lock:
-            self._working -= 1
-            if not self._working:
-                self._done.set()
+        finally:
+            self._reader.traffic.add_reads(latencies, read_bytes)
+            with self._changed:
+                self._working -= 1
+                if not self._working:
+                    self._changed.notify()
 
-    def wait(self, deadline_seconds: float) -> None:
-        """Wait for all threads, since they own the buffers; raise what went wrong."""
-        try:
-            while not self._done.wait(max(0.0, self._moved + deadline_seconds - time.monotonic())):
-                if time.monotonic() - self._moved >= deadline_seconds:
-                    raise TimeoutError(
-                        errno.ETIMEDOUT,
-                        f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
-                        f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
-                    )
-        except BaseException:  # also an interrupt: what has not begun is not read any more
-            self._stopped = True
-            raise
+    def wait(self, part: int) -> None:
+        """Wait until a part has arrived; once a read failed, until no thread uses the buffers, and raise its error."""
+        self._wait(lambda: not self._left[part])
+
+    def finish(self) -> None:
+        """Wait until no thread uses the buffers; raise what went wrong."""
+        self._wait(lambda: False)
+
+    def stop(self) -> None:
+        """Begin no further read."""
+        self._stopped = True
+
+    def settle(self) -> None:
+        """Wait until no thread uses the buffers, whatever came of it; TimeoutError as ever."""
+        self._wait_until(lambda: False)
+        self._error = None  # its traceback holds this batch
+
+    def _wait(self, arrived: Callable[[], bool]) -> None:
+        self._wait_until(arrived)
         error, self._error = self._error, None
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # its traceback holds this frame: a cycle would keep store and buffers
+
+    def _wait_until(self, arrived: Callable[[], bool]) -> None:
+        deadline_seconds = self._reader.deadline_seconds
+        try:
+            with self._changed:
+                while self._working and (self._stopped or not arrived()):
+                    left = self._moved + deadline_seconds - time.monotonic()
+                    if left <= 0:
+                        raise TimeoutError(
+                            errno.ETIMEDOUT,
+                            f"reading from {self._reader.file.name}: nothing came for {deadline_seconds:g} seconds "
+                            f"({len(self._offsets)} reads from offset {min(self._offsets)} on); the device hangs",
+                        )
+                    self._changed.wait(left)
+        except BaseException:  # also an interrupt: what has not begun is not read any more
+            self._stopped = True
+            raise
+
+
+def is_over(error: BaseException) -> bool:
+    """Whether an error leaves no read under way; after a deadline or an interrupt late ones may still write."""
+    return isinstance(error, OSError | ValueError) and not isinstance(error, TimeoutError)
 
 
 def _behind(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:

@@ -131,6 +131,11 @@ class Store(Protocol):
         """Whether a GPU can read every chunk held now by its address: device memory, or page-locked host memory."""
         ...
 
+    @property
+    def waits(self) -> bool:
+        """Whether `fetch` may wait for a device, so that a caller with other work does better in another thread."""
+        ...
+
     def retain(self, ids: list[int]) -> None:
         """Add one holder to each chunk."""
         ...

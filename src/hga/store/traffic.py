@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 _STEPS = 8  # a doubling of latency in 8 steps: percentiles within 9 percent
 _FASTEST_SECONDS = 1e-6
@@ -46,11 +47,12 @@ class Traffic:
 
     def add_reads(self, seconds: list[float], read_bytes: int) -> None:
         """Count reads by their latencies."""
+        doublings = np.log2(np.maximum(seconds, _FASTEST_SECONDS) / _FASTEST_SECONDS)
+        steps = np.minimum(doublings * _STEPS, _BUCKETS - 1).astype(np.int64).tolist()
         with self._lock:
             self.read_bytes += read_bytes
-            for latency in seconds:
-                step = int(_STEPS * math.log2(max(latency, _FASTEST_SECONDS) / _FASTEST_SECONDS))
-                self._latencies[min(step, _BUCKETS - 1)] += 1
+            for step in steps:
+                self._latencies[step] += 1
 
     def note_queue(self, reads: int) -> None:
         """Note how many reads are asked for at once."""
