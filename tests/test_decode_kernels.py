@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import rows
 import torch
@@ -13,7 +11,7 @@ from hga import HGAConfig
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.ops.coding import Codes
-from hga.ops.decode import BINS, Choice, DecodeLayer, Scratch, SlotCache, _read_archive, attend_decode
+from hga.ops.decode import DecodeLayer, Scratch, SlotCache, _read_archive, attend_decode
 from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
 from hga.store import MemoryStore
@@ -154,44 +152,6 @@ def test_nan_query_stays_inside_its_buffers(name: str) -> None:
     counts[:, 2] += 1
     out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
     torch.testing.assert_close(out, attend_decode(query, keys, values, layer, counts, config, 0.3), rtol=0, atol=1e-5)
-
-
-def test_last_program_resolves_whatever_the_splits() -> None:
-    """Choices of several launches with one counter, against a sort; many ties, one selector with too few columns."""
-    pytest.importorskip("triton")
-    from hga.ops.kernels.selection import collect_kernel, weigh_kernel
-
-    selectors, keep, first, splits, block = 3, 40, 8, 4, 64
-    choice = Choice.allocate(selectors, selectors, 1000, keep, 1, torch.device(DEVICE))
-    choice = dataclasses.replace(choice, histogram=choice.histogram.new_zeros(selectors, splits, BINS))
-    used = [1000, 300, 20]
-    counts = torch.tensor([[0, n - first, 0, 0] for n in used], dtype=torch.int32, device=DEVICE)
-    for launch in range(3):
-        scores = choice.scores.uniform_(-9, 0)
-        if launch:
-            scores.mul_(launch).round_()  # ties
-        choice.scores[:, :first] = float("nan")  # pending groups: none
-        choice.peaks.zero_()
-        choice.totals.fill_(1.0)
-        weigh_kernel[(selectors, splits)](
-            scores, 1000, choice.peaks, choice.totals, counts, choice.counts, choice.mass, choice.histogram,
-            1, 0, 0, 1, ROWS=1, SELECTORS=1, RP=1, PARTS=1, PARTS_B=1, SPLITS=splits, BLOCK=block, GROUP=1, PER_NODE=0,
-            FIRST=first,
-        )  # fmt: skip
-        collect_kernel[(selectors, splits)](
-            choice.mass, 1000, choice.histogram, counts, choice.counts, keep, choice.chosen, keep, choice.tied,
-            choice.limits, choice.counts, choice.arrived, 1, 1, SELECTORS=1, SPLITS=splits, BLOCK=block, TIED=32,
-            PER_NODE=0, FIRST=first,
-        )  # fmt: skip
-        assert not choice.arrived.any(), "ready for the next launch"
-        for selector, count in enumerate(used):
-            order = scores[selector, first:count].sort(descending=True, stable=True).indices[:keep] + first
-            chosen = choice.chosen[selector, : choice.counts[selector]].long()
-            assert torch.equal(chosen.sort().values, order.sort().values)
-            bits, columns = choice.mass[selector, :count], torch.arange(count, device=DEVICE)
-            limit, last = choice.limits[selector].tolist()
-            by_limits = (bits > limit) | ((bits == limit) & (columns <= last))
-            assert torch.equal(by_limits.nonzero()[:, 0], chosen.sort().values)
 
 
 def stored_groups(layer: DecodeLayer, counts: Tensor, config: HGAConfig) -> Tensor:

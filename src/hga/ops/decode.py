@@ -75,9 +75,9 @@ class Choice:
     histogram: Tensor  # (S, splits, bins) int32
     tied: Tensor  # (S, columns) int32
     chosen: Tensor  # (S, keep) int32
+    found: Tensor  # (S, 4) int32
     limits: Tensor  # (S, 2) int32
     counts: Tensor  # (S,) int32
-    arrived: Tensor  # (S,) int32, 0 between launches
 
     @property
     def parts(self) -> int:
@@ -103,9 +103,9 @@ class Choice:
             histogram=ints(selectors, _selection_splits(columns, device), BINS),
             tied=ints(selectors, columns),
             chosen=ints(selectors, max(1, keep)),
+            found=ints(selectors, 4),
             limits=ints(selectors, 2),
             counts=ints(selectors),
-            arrived=ints(selectors),
         )
 
 

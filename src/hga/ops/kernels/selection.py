@@ -92,25 +92,90 @@ def weigh_kernel(
 
 
 @triton.jit
-def _resolve(threshold, above, count, mass, keep, chosen, tied, limits, chosen_counts, BLOCK: tl.constexpr):
-    """Take the missing ones of `count` tied columns, exactly: a radix search for the smallest mass that is chosen.
+def collect_kernel(
+    mass,
+    scores_stride,
+    histogram,
+    counts,
+    listed_counts,
+    keep,
+    chosen,
+    chosen_stride,
+    tied,
+    found,
+    kv_heads,
+    units_per_chunk,
+    SELECTORS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_NODE: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """Columns above the threshold's bin -> chosen; those in it -> tied, both in column order.
 
-    above: columns above the threshold's bin, which are chosen already. limits, int32 (2,): a column is chosen if its
-    bits exceed the first number, or equal it and the column is at most the second. Ties go to lower columns.
+    found, int32 (selectors, 4): the bin, columns chosen, columns tied (-1 in place of what may not be chosen).
     """
+    selector, split = tl.program_id(0), tl.program_id(1)
+    row = selector // SELECTORS // kv_heads
+    columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
+    start, stop = split_range(columns, split, SPLITS, BLOCK)
+    b, q = tl.arange(0, BINS), tl.arange(0, SPLITS)
+    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * BINS + b[None, :])  # (SPLITS, BINS)
+    seen = tl.sum(parts, 0)
+    before = tl.sum(tl.where((q < split)[:, None], parts, 0), 0)
+    from_top = tl.cumsum(seen, 0, reverse=True)
+    threshold = tl.max(tl.where(from_top >= keep, b, 0), 0)
+    above = tl.sum(tl.where(b > threshold, seen, 0), 0)
+    place = tl.sum(tl.where(b > threshold, before, 0), 0)
+    tied_place = tl.sum(tl.where(b == threshold, before, 0), 0)
+    if split == 0:
+        tl.store(found + selector * 4, threshold)
+        tl.store(found + selector * 4 + 1, above)
+        tl.store(found + selector * 4 + 2, tl.sum(tl.where(b == threshold, seen, 0), 0))
+    for first in range(start, stop, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < stop
+        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=-1)
+        bin_ = find_bin(bits)
+        is_above = inside & (bin_ > threshold)
+        at = place + tl.cumsum(is_above.to(tl.int32), 0) - 1
+        tl.store(chosen + selector.to(tl.int64) * chosen_stride + at, column, mask=is_above)
+        is_tied = inside & (bin_ == threshold)
+        at = tied_place + tl.cumsum(is_tied.to(tl.int32), 0) - 1
+        tl.store(tied + selector.to(tl.int64) * scores_stride + at, tl.where(bits >= 0, column, -1), mask=is_tied)
+        place += tl.sum(is_above.to(tl.int32), 0)
+        tied_place += tl.sum(is_tied.to(tl.int32), 0)
+
+
+@triton.jit
+def resolve_kernel(
+    mass, scores_stride, found, keep, chosen, chosen_stride, tied, limits, chosen_counts, BLOCK: tl.constexpr
+):
+    """Take the missing ones of the tied columns, exactly: a radix search for the smallest mass that is chosen.
+
+    limits, int32 (selectors, 2): a column is chosen if its bits exceed the first number, or equal it and the column
+    is at most the second. Ties go to lower columns.
+    """
+    selector = tl.program_id(0).to(tl.int64)
+    threshold = tl.load(found + selector * 4)
+    above = tl.load(found + selector * 4 + 1)
+    count = tl.load(found + selector * 4 + 2)
+    mass += selector * scores_stride
+    tied += selector * scores_stride
+    chosen += selector * chosen_stride
     digits = tl.arange(0, 32)
     missing = keep - above
     prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 19, 0)
     rounds = tl.where(threshold > 0, 4, 6)  # bin 0 holds many octaves
     at = tl.arange(0, BLOCK)
-    first_column = tl.load(tied + at, mask=at < count, other=-1, cache_modifier=".cg")  # mostly there are no others
+    first_column = tl.load(tied + at, mask=at < count, other=-1)  # mostly there are no others
     first_bits = tl.load(mass + first_column, mask=first_column >= 0, other=-1)
     for step in range(rounds):
         shift = (rounds - 1 - step) * 5
         alike = (first_column >= 0) & ((first_bits >> (shift + 5)) == (prefix >> (shift + 5)))
         seen = tl.histogram((first_bits >> shift) & 31, 32, mask=alike)
         for first in range(BLOCK, count, BLOCK):
-            column = tl.load(tied + first + at, mask=first + at < count, other=-1, cache_modifier=".cg")
+            column = tl.load(tied + first + at, mask=first + at < count, other=-1)
             bits = tl.load(mass + column, mask=column >= 0, other=-1)
             alike = (column >= 0) & ((bits >> (shift + 5)) == (prefix >> (shift + 5)))
             seen += tl.histogram((bits >> shift) & 31, 32, mask=alike)
@@ -123,7 +188,7 @@ def _resolve(threshold, above, count, mass, keep, chosen, tied, limits, chosen_c
     equal_before = 0
     last = -1
     for first in range(0, count, BLOCK):
-        column = tl.load(tied + first + at, mask=first + at < count, other=-1, cache_modifier=".cg")
+        column = tl.load(tied + first + at, mask=first + at < count, other=-1)
         bits = tl.load(mass + column, mask=column >= 0, other=-1)
         equal = (column >= 0) & (bits == prefix)
         rank = equal_before + tl.cumsum(equal.to(tl.int32), 0) - 1
@@ -134,83 +199,12 @@ def _resolve(threshold, above, count, mass, keep, chosen, tied, limits, chosen_c
         last = tl.maximum(last, tl.max(tl.where(taken_equal, column, -1), 0))
         equal_before += tl.sum(equal.to(tl.int32), 0)
         place += tl.sum(taken.to(tl.int32), 0)
-    tl.store(limits, prefix)
-    tl.store(limits + 1, last)
-    tl.store(chosen_counts, tl.minimum(place, keep))
-
-
-@triton.jit
-def collect_kernel(
-    mass,
-    scores_stride,
-    histogram,
-    counts,
-    listed_counts,
-    keep,
-    chosen,
-    chosen_stride,
-    tied,
-    limits,
-    chosen_counts,
-    arrived,
-    kv_heads,
-    units_per_chunk,
-    SELECTORS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TIED: tl.constexpr,
-    PER_NODE: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Columns above the threshold's bin -> chosen; those in it -> tied, -1 for what may not be; both in column order.
-
-    The last program of a selector to arrive takes what is missing of the tied columns (`_resolve`). arrived, int32
-    (selectors,): how many have, 0 between launches.
-    """
-    selector, split = tl.program_id(0), tl.program_id(1)
-    row = selector // SELECTORS // kv_heads
-    mass += selector.to(tl.int64) * scores_stride
-    tied += selector.to(tl.int64) * scores_stride
-    chosen += selector.to(tl.int64) * chosen_stride
-    columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
-    start, stop = split_range(columns, split, SPLITS, BLOCK)
-    column = start + tl.arange(0, BLOCK)
-    bits = tl.load(mass + column, mask=column < stop, other=-1)  # asked for before histograms are waited for
-    b, q = tl.arange(0, BINS), tl.arange(0, SPLITS)
-    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * BINS + b[None, :])  # (SPLITS, BINS)
-    seen = tl.sum(parts, 0)
-    before = tl.sum(tl.where((q < split)[:, None], parts, 0), 0)
-    from_top = tl.cumsum(seen, 0, reverse=True)
-    threshold = tl.max(tl.where(from_top >= keep, b, 0), 0)
-    above = tl.sum(tl.where(b > threshold, seen, 0), 0)
-    place = tl.sum(tl.where(b > threshold, before, 0), 0)
-    tied_place = tl.sum(tl.where(b == threshold, before, 0), 0)
-    count = tl.sum(tl.where(b == threshold, seen, 0), 0)
-    for _ in range(start, stop, BLOCK):
-        inside = column < stop
-        bin_ = find_bin(bits)
-        is_above = inside & (bin_ > threshold)
-        at = place + tl.cumsum(is_above.to(tl.int32), 0) - 1
-        tl.store(chosen + at, column, mask=is_above)
-        is_tied = inside & (bin_ == threshold)
-        at = tied_place + tl.cumsum(is_tied.to(tl.int32), 0) - 1
-        tl.store(tied + at, tl.where(bits >= 0, column, -1), mask=is_tied)
-        place += tl.sum(is_above.to(tl.int32), 0)
-        tied_place += tl.sum(is_tied.to(tl.int32), 0)
-        column += BLOCK
-        bits = tl.load(mass + column, mask=column < stop, other=-1)
-    # Each thread's stores come before the barrier, the barrier before the release of the one thread that counts, and
-    # its acquire before what the last program reads: others' tied columns, past the L1 cache (.cg), which may be older.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + selector, 1, sem="acq_rel") == SPLITS - 1:
-        tl.debug_barrier()
-        tl.store(arrived + selector, 0)  # for the next launch, and for a graph's next replay
-        _resolve(
-            threshold, above, count, mass, keep, chosen, tied, limits + selector * 2, chosen_counts + selector, TIED
-        )
+    tl.store(limits + selector * 2, prefix)
+    tl.store(limits + selector * 2 + 1, last)
+    tl.store(chosen_counts + selector, tl.minimum(place, keep))
 
 
 @triton.jit
 def is_chosen(bits, column, limit, last):
-    """Whether columns with these bits are chosen (see `_resolve`)."""
+    """Whether columns with these bits are chosen (see `resolve_kernel`)."""
     return (bits > limit) | ((bits == limit) & (column <= last))
