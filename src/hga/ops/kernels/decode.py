@@ -49,5 +49,5 @@ def attend_decode(
     assign_slots(step, groups, groups if listed is None else listed, direct)
     if not direct:
         fetch_groups(step, bring)
-    attend_parts(step, query, groups, listed, scale, cap, direct)
+    attend_parts(step, query, groups, listed, scale, cap)
     return merge_parts(step, query, sinks)

@@ -20,9 +20,8 @@ def attend_parts(
     listed: Choice | None,
     scale: float,
     softcap: float,
-    direct: bool,
 ) -> None:
-    """Attend to everything, in parts; if `direct`, take what is missing of opened groups from the store on the way."""
+    """Attend to everything, in parts, and take missing groups from the store where `assign_slots` said so."""
     config, layer, scratch = step.config, step.layer, step.layer.scratch
     units = groups if listed is None else listed
     attend_kernel[(step.selectors, step.used_parts)](
@@ -71,7 +70,6 @@ def attend_parts(
         PER_NODE=step.per_node,
         PER_NODE_B=triton.next_power_of_2(max(1, step.per_node)),
         ALIGN=math.gcd(16, step.group_bytes),
-        DIRECT=direct,
         FAR=config.far_field,
         FAR_BLOCK=64 if step.values[0].dtype.itemsize > 1 else 128,
         UNIT_PARTS_B=triton.next_power_of_2(units.parts),
@@ -81,7 +79,7 @@ def attend_parts(
         NEAR_SPLITS=NEAR_SPLITS,
         CACHED_SPLITS=CACHED_SPLITS,
         FAR_SPLITS=scratch.splits,
-        num_stages=1 if direct else 3,  # staged for a product and for a store at once, banks would collide
+        num_stages=1,  # staged for a product and for a store at once, banks would collide
     )
 
 

@@ -128,13 +128,13 @@ def attend_cached(
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
-    DIRECT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Exact attention to the tokens of chosen archive groups, read from their slots [2, g, D]; BLOCK tokens at once.
 
-    If DIRECT, what is missing is read from the store (`sources`, see `assign_kernel`), over the bus from host memory,
-    and left in its slot. Groups are multiples of ALIGN bytes.
+    What has a source (see `assign_kernel`) is read from there, over the bus from host memory, and left in its slot. One
+    code for all stores: compiled otherwise, sums would round otherwise, and stores would not agree bit for bit. Groups
+    are multiples of ALIGN bytes.
     """
     problem = selector // SELECTORS
     start, stop = split_range(tl.load(chosen_counts + selector) * GROUP, split, SPLITS, BLOCK)
@@ -152,23 +152,20 @@ def attend_cached(
         inside = slot >= 0
         mask = inside[:, None] & (d < width)[None, :]
         home = cached + (problem.to(tl.int64) * slots + slot) * (2 * GROUP * width)
-        held = home
-        if DIRECT:
-            source = tl.load(sources + chosen, mask=t < stop, other=0)
-            held = tl.where(source == 0, home.to(tl.int64), source).to(cached.dtype)
-            held = tl.multiple_of(held, ALIGN)
+        source = tl.load(sources + chosen, mask=t < stop, other=0)
+        held = tl.multiple_of(tl.where(source == 0, home.to(tl.int64), source).to(cached.dtype), ALIGN)
         at = ((t % GROUP) * width)[:, None] + d[None, :]
         key = tl.load(held[:, None] + at, mask=mask, other=0.0)
         value = tl.load(held[:, None] + GROUP * width + at, mask=mask, other=0.0)
-        if DIRECT:
-            # What is loaded for a product is laid out for it at once, and waited for. With these in between both are
-            # asked for before that, so that the bus is waited for once.
-            key, value = tl.where(mask, key, 0.0), tl.where(mask, value, 0.0)
-            # No other program of this launch looks at these tokens' slots: a selector has its problem's slots to itself
-            # and chooses a group once, and what it chose keeps its slot in this step. Later launches find them written.
-            lacked = mask & (source != 0)[:, None]
-            tl.store(home[:, None] + at, key, mask=lacked)
-            tl.store(home[:, None] + GROUP * width + at, value, mask=lacked)
+        # What is loaded for a product is laid out for it at once, and waited for. With these in between both are
+        # asked for before that, so that the bus is waited for once.
+        key, value = tl.where(mask, key, 0.0), tl.where(mask, value, 0.0)
+        # No other program of this launch looks at these tokens' slots: where sources are given, a selector has its
+        # problem's slots to itself and chooses a group once, and what it chose keeps its slot in this step. Later
+        # launches find them written.
+        lacked = mask & (source != 0)[:, None]
+        tl.store(home[:, None] + at, key, mask=lacked)
+        tl.store(home[:, None] + GROUP * width + at, value, mask=lacked)
         s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
         peak, total, sums = _fold(peak, total, sums, tl.where(inside[None, :], s, _NEVER), value, DTYPE)
     _store_part(peak, total, sums, lines, part, parts, peaks, totals, out, r, d, ROWS, DB)

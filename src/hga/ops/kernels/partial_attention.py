@@ -65,7 +65,6 @@ def attend_kernel(
     PER_NODE: tl.constexpr,
     PER_NODE_B: tl.constexpr,
     ALIGN: tl.constexpr,
-    DIRECT: tl.constexpr,
     FAR: tl.constexpr,
     FAR_BLOCK: tl.constexpr,
     UNIT_PARTS_B: tl.constexpr,
@@ -115,7 +114,6 @@ def attend_kernel(
             CACHED_SPLITS,
             GROUP,
             ALIGN,
-            DIRECT,
             DTYPE,
         )
     elif part < CACHED_SPLITS + NEAR_SPLITS:

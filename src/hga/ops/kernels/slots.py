@@ -68,8 +68,8 @@ def assign_kernel(
 ):
     """A slot for every chosen group: its own where it is cached, else that of the least recently used group.
 
-    places, int32 (selectors, chosen_stride): slot, -1 for pending groups. sources, int64 alike, if DIRECT: address of
-    what is missing in the store, 0 for what is not. What is missing is listed, in the order chosen. traffic, int64
+    places, int32 (selectors, chosen_stride): slot, -1 for pending groups. sources, int64 alike: 0, but if
+    DIRECT the address in the store of what is missing. What is missing is listed, in the order chosen. traffic, int64
     (problems, 3): hits, misses, unique groups, all summed over steps.
     """
     problem = tl.program_id(0)
@@ -99,10 +99,11 @@ def assign_kernel(
             record = tl.load(addresses + row * addresses_stride + group // groups_per_chunk, mask=group >= 0, other=0)
         tl.store(used_at + slot, tl.zeros((KEEP_B,), tl.int32) + step, mask=slot >= 0)
         tl.store(places + chosen_here + at, slot, mask=(at < keep) & (missing == 0))
+        source = tl.zeros((KEEP_B,), tl.int64)
         if DIRECT:
             inside = problem % kv_heads * groups_per_chunk + group % groups_per_chunk
             source = tl.where(missing, record + inside.to(tl.int64) * group_bytes, 0)
-            tl.store(sources + chosen_here + at, source, mask=at < keep)
+        tl.store(sources + chosen_here + at, source, mask=at < keep)
         rank = tl.cumsum(missing.to(tl.int32), 0) - 1
         tl.store(missing_groups + misses + rank, group, mask=missing)
         tl.store(missing_places + misses + rank, at, mask=missing)
