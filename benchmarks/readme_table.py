@@ -1,12 +1,14 @@
-"""Write the README's table of figures from `results/`, or check that it is what the results say.
+"""Write the tables of figures in README.md and docs/fidelity.md from `results/`, or check that they say the same.
 
-python benchmarks/readme_table.py            # rewrites the table between its markers
-python benchmarks/readme_table.py --check    # exit code 1 if the README is out of date
+python benchmarks/readme_table.py            # rewrites the tables between their markers
+python benchmarks/readme_table.py --check    # exit code 1 if one is out of date
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hga.config import HGAConfig
 
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
+_DETAIL = _FOLDER.parent / "docs" / "fidelity.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 _RULES = ("contiguous", "lean", "balanced")
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
@@ -28,32 +31,58 @@ def read_results(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (_FOLDER / "results" / name).read_text().splitlines()]
 
 
-def fidelity_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each model, length and document, a column for each rule."""
-    lines = [
-        "| model, tokens, document | " + " | ".join(_RULES) + " |",
-        "| --- |" + " --- |" * len(_RULES),
-    ]
-    measured = [row for row in rows if row["rule"] == "balanced"]
-    keys = sorted({(row["model"], row["tokens"], row["document"]) for row in measured}, reverse=True)
-    for model, tokens, document in keys:
-        cells = []
-        for rule in _RULES:
-            wanted = (model, tokens, document, rule)
-            row = next(
-                (row for row in rows if (row["model"], row["tokens"], row["document"], row["rule"]) == wanted), None
-            )
-            cells.append("-" if row is None else _cell(row))
-        lines.append(f"| {model}, {tokens // 1024}K, {_DOCUMENTS[document]} | " + " | ".join(cells) + " |")
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown for the README: a line for each model and length, means over the documents."""
+    lines = ["| model, tokens | " + " | ".join(_RULES) + " |", "| --- |" + " --- |" * len(_RULES)]
+    for model, tokens in _measured(rows):
+        cells = [_mean(_of(rows, model, tokens, rule)) for rule in _RULES]
+        lines.append(f"| {model}, {tokens // 1024}K | " + " | ".join(cells) + " |")
     lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares()) + " |")
     for field in ("attended", "fetched"):
         lines.append(f"| {field}, share of the context | " + " | ".join(_spread(rows, field)) + " |")
     return "\n".join(lines) + "\n"
 
 
+def document_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown for docs/fidelity.md: a line for each model, length and rule, a column for each document."""
+    lines = [
+        "| model, tokens, rule | " + " | ".join(_DOCUMENTS.values()) + " |",
+        "| --- |" + " --- |" * len(_DOCUMENTS),
+    ]
+    for model, tokens in _measured(rows):
+        for rule in (*_RULES, "fidelity"):
+            found = {row["document"]: row for row in _of(rows, model, tokens, rule)}
+            if found:
+                cells = [_cell(found[name]) if name in found else "-" for name in _DOCUMENTS]
+                lines.append(f"| {model}, {tokens // 1024}K, {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Models and lengths that `balanced` was measured on, in the rows' order."""
+    return list(dict.fromkeys((row["model"], row["tokens"]) for row in rows if row["rule"] == "balanced"))
+
+
+def _of(rows: list[dict[str, Any]], model: str, tokens: int, rule: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["model"], row["tokens"], row["rule"]) == (model, tokens, rule)]
+
+
 def _cell(row: dict[str, Any]) -> str:
     divergence = f" ({row['kl_mean']:.3f})" if "kl_mean" in row else ""
     return f"{row['gap_nats']:.3f} ± {row['se_nats']:.3f}{divergence}"
+
+
+def _mean(rows: list[dict[str, Any]]) -> str:
+    """A cell of means over documents, whose errors are independent; "-" unless all were measured."""
+    if {row["document"] for row in rows} != set(_DOCUMENTS):
+        return "-"
+    mean = {
+        "gap_nats": statistics.mean(row["gap_nats"] for row in rows),
+        "se_nats": math.hypot(*(row["se_nats"] for row in rows)) / len(rows),
+    }
+    if all("kl_mean" in row for row in rows):
+        mean["kl_mean"] = statistics.mean(row["kl_mean"] for row in rows)
+    return _cell(mean)
 
 
 def _shares() -> list[str]:
@@ -75,14 +104,15 @@ def _spread(rows: list[dict[str, Any]], field: str) -> list[str]:
 
 
 def main() -> None:
-    text = _README.read_text()
-    begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-    wanted = text[:begin] + fidelity_table(read_results("fidelity.jsonl")) + text[end:]
-    if "--check" in sys.argv:
-        if text != wanted:
-            sys.exit("README.md: the table of figures is out of date; run python benchmarks/readme_table.py")
-    else:
-        _README.write_text(wanted)
+    rows = read_results("fidelity.jsonl")
+    for path, table in {_README: summary_table(rows), _DETAIL: document_table(rows)}.items():
+        text = path.read_text()
+        begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
+        wanted = text[:begin] + table + text[end:]
+        if "--check" not in sys.argv:
+            path.write_text(wanted)
+        elif text != wanted:
+            sys.exit(f"{path.name}: the table of figures is out of date; run python benchmarks/readme_table.py")
 
 
 if __name__ == "__main__":
