@@ -23,6 +23,7 @@ _README = _FOLDER.parent / "README.md"
 _DETAIL = _FOLDER.parent / "docs" / "fidelity.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 _RULES = ("contiguous", "lean", "balanced")
+_LEAST_TOKENS = 8192  # of a line in the README; docs/fidelity.md has shorter contexts too
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
 
@@ -35,6 +36,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     """Markdown for the README: a line for each model and length, means over the documents."""
     lines = ["| model, tokens | " + " | ".join(_RULES) + " |", "| --- |" + " --- |" * len(_RULES)]
     for model, tokens in _measured(rows):
+        if tokens < _LEAST_TOKENS:
+            continue
         cells = [_mean(_of(rows, model, tokens, rule)) for rule in _RULES]
         lines.append(f"| {model}, {tokens // 1024}K | " + " | ".join(cells) + " |")
     lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares()) + " |")

@@ -129,7 +129,7 @@ class Summaries:
     Coded group keys have channels beside them, one row a chunk.
 
     With one level (overselection "all") nodes *are* groups, and there are no separate group keys. Values are
-    kept a node, not a group: measured to cost nothing, at half the bytes (docs/fidelity.md).
+    kept a node, not a group: at half the bytes, and at some loss (docs/fidelity.md).
     """
 
     def __init__(self, config: HGAConfig) -> None:
