@@ -150,7 +150,7 @@ def test_presets_go_to_json_and_back(name: str) -> None:
     [
         (
             '{"chunk_size": 64, "chunks": 3}',
-            r"unknown HGAConfig fields \['chunks'\]; they may come from a newer hga",
+            r"unknown HGAConfig fields \['chunks'\]; they may come from another version of hga",
         ),
         ("[1]", "expected a JSON object of HGAConfig fields, got list"),
         ("{", "not a JSON text"),

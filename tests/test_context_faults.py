@@ -256,7 +256,9 @@ def test_a_newer_format(model: Any, path: Path) -> None:
 
 def test_an_older_format(model: Any, path: Path) -> None:
     rewrite(path, lambda metadata: metadata.update(format_version="2"))
-    with pytest.raises(ValueError, match=r"format version '2', this hga reads 3"):
+    with pytest.raises(
+        ValueError, match=r"format version '2', this hga reads 3; an older hga wrote it: read the document again"
+    ):
         HGACache.load(path, model)
 
 

@@ -368,7 +368,7 @@ def test_a_second_prompt_is_checked_for_what_it_adds(model, monkeypatch):
     unused = allocated - cache.stats().store_bytes
     assert wanted == added * (one.chunk_bytes + one.order_bytes) - unused
     monkeypatch.setattr(host, "available_host_bytes", lambda: RESERVE_BYTES + wanted - 1)
-    with pytest.raises(MemoryError, match="archive of this prompt"):
+    with pytest.raises(MemoryError, match="tokens, prompt and answer"):
         model(prompt(500), past_key_values=cache)
     assert cache.get_seq_length() == 700
 

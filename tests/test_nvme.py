@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_a_prompt_for_which_the_disk_has_no_room_is_refused_before_it_is_read(st
     with hga.enabled(model, config), torch.no_grad():
         cache = HGACache(config=model.config, hga_config=config)
         message = (
-            rf"the archive of this prompt \(1,900 tokens\) needs [\d,]+ bytes in the scratch folder {place}, whose "
+            rf"the archive of 1,900 tokens, prompt and answer, needs [\d,]+ bytes in the scratch folder {place}, whose "
         )
         with pytest.raises(
             OSError, match=message + r"disk has [\d,]+ left. Give a shorter prompt.*HGA_SCRATCH"
@@ -209,6 +210,38 @@ def test_a_prefill_that_fails_while_the_next_tiles_groups_come_leaves_a_store_th
         monkeypatch.setattr(NvmeStore, "__init__", functools.partialmethod(NvmeStore.__init__, preadv=preadv))
         with pytest.raises(OSError, match="Input/output error"):
             read(model, HGACache(config=model.config, hga_config=config), ids)
+
+
+def test_an_interrupt_of_a_prefill_does_not_wait_for_the_device(monkeypatch):
+    model, ids = tiny_model(), torch.arange(1, 601)[None] % 250
+    config = TINY.replace(store="nvme", ram_cache_bytes=1, block_tokens=600)
+    with hga.enabled(model, TINY):
+        wanted = read(model, HGACache(config=model.config, hga_config=TINY), ids)
+    attend, fetch, inside, released = Tile.attend, NvmeStore.fetch, threading.Event(), threading.Event()
+
+    def interrupt(tile):
+        if any(block.started is not None for block in tile.blocks):
+            assert inside.wait(20)
+            raise KeyboardInterrupt
+        return attend(tile)
+
+    def hang(self, ids, groups):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert released.wait(60)
+        return fetch(self, ids, groups)
+
+    with hga.enabled(model, config):
+        cache = HGACache(config=model.config, hga_config=config)
+        monkeypatch.setattr(Tile, "attend", interrupt)
+        monkeypatch.setattr(NvmeStore, "fetch", hang)
+        with pytest.raises(KeyboardInterrupt):
+            read(model, cache, ids)
+        assert not released.is_set()  # the fetch is under way still: nobody has waited for it
+        monkeypatch.setattr(Tile, "attend", attend)
+        released.set()
+        cache.reset()
+        assert torch.equal(read(model, cache, ids), wanted)
 
 
 def wait_for(condition, seconds=20):

@@ -1,5 +1,6 @@
 """What goes wrong while the server answers: full memory, damaged files, and what answers must not leave behind."""
 
+import errno
 import json
 import os
 import sys
@@ -106,6 +107,35 @@ def test_room_is_asked_for_the_answer_as_for_the_prompt(monkeypatch: pytest.Monk
     begin(1)
     with pytest.raises(HostRoomError, match="needs too much"):
         begin(400)
+
+
+def test_a_disk_without_room_is_told_as_such_and_old_contexts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(*model_and_tokenizer(), SMALL) as server:
+        complete(server, "a" * 300)
+        check = hga.HGACache.check_room
+        refusals = [OSError(errno.ENOSPC, "the archive needs more than the disk has")] * 2
+
+        def refuse(self: hga.HGACache, *args: Any, **kwargs: Any) -> None:
+            if refusals:
+                raise refusals.pop()
+            check(self, *args, **kwargs)
+
+        monkeypatch.setattr(hga.HGACache, "check_room", refuse)
+        answer = complete(server, "b" * 300)  # refused, and begun anew without the context that was kept; refused again
+        assert answer.status_code == 503
+        assert "lower max_tokens" in answer.json()["error"]["message"]
+        assert complete(server, "b" * 300).status_code == 200
+        assert cached(server, "a" * 300) == 0
+
+
+def test_a_long_answer_that_may_end_soon_asks_for_a_share_of_its_room_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_and_tokenizer()
+    wanted = []
+    monkeypatch.setattr("hga.cache.cache.check_host_room", lambda size_bytes, purpose: wanted.append(size_bytes))
+    for max_tokens in (1024, 100_000):
+        cache = hga.HGACache(config=model.config, hga_config=SMALL)
+        Answer(model, tokenizer, cache, Request(tokenizer("a" * 100).input_ids, max_tokens))
+    assert wanted[0] == wanted[1]
 
 
 @pytest.mark.parametrize("kind", ["python", "torch on a CPU"])

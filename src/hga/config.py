@@ -135,7 +135,7 @@ class HGAConfig:
             raise ValueError(f"expected a JSON object of HGAConfig fields, got {type(fields).__name__}")
         unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown HGAConfig fields {unknown}; they may come from a newer hga")
+            raise ValueError(f"unknown HGAConfig fields {unknown}; they may come from another version of hga")
         return cls(**fields)
 
     def _check_types(self) -> None:

@@ -16,7 +16,7 @@ from hga.cache.summaries import Summaries
 from hga.config import HGAConfig
 from hga.ops.precision import Rows, resolve_summary_dtype
 from hga.store import RecordLayout, Store
-from hga.store.reader import MOST_THREADS, shared_threads
+from hga.store.reader import MOST_THREADS, Threads, shared_threads
 
 _STREAMED_CHUNKS = 8
 _STAGED_BYTES = 32 << 20  # of each of the two buffers that records are streamed through
@@ -25,28 +25,29 @@ OpenStore = Callable[[RecordLayout], Store]
 
 
 class Fetch:
-    """K/V of groups on their way from a store, which nobody else may use until they have come."""
+    """K/V of groups on their way from a store that several threads may use."""
 
-    def __init__(self, fetch: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def __init__(self, threads: Threads, fetch: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> None:
+        """RuntimeError if the system has no thread left."""
         self._device = device
         self._found: tuple[Tensor, Tensor] | None = None
         self._error: BaseException | None = None
+        self._dropped = False
         self._done = threading.Event()
         self._fetch = fetch
-        self._threads = shared_threads("hga-fetch", MOST_THREADS)
-        self._threads.submit(self._run)
+        threads.submit(self._run)
 
     def _run(self) -> None:
         try:
             self._found = self._fetch()
         except BaseException as error:
-            self._error = error
+            if not self._dropped:  # its traceback holds this object
+                self._error = error
         self._done.set()
 
     def drop(self) -> None:
-        """Wait until the store is free again."""
-        self._done.wait()
-        self._error = None  # its traceback holds this object
+        """Nobody asks for the result. What is under way goes on: an interrupt does not wait for a device."""
+        self._dropped, self._error = True, None
 
     def result(self) -> tuple[Tensor, Tensor]:
         """As `Archive.fetch`, its errors included."""
@@ -70,6 +71,7 @@ class Archive:
     ) -> None:
         """like: the row's keys (Hkv, T, D), which fix heads, width, type and device."""
         self.chunks: list[int] = []
+        self._threads: Threads | None = None  # that fetch; held here, they are not started anew for each tile
         self._config = config
         self._inverse_frequencies = inverse_frequencies
         self._summary_dtype = resolve_summary_dtype(config.summary_dtype, like.dtype)
@@ -187,7 +189,12 @@ class Archive:
             return None
         per_chunk = self._config.chunk_size // self._config.group_size
         ids, groups = (places // per_chunk).cpu(), (places % per_chunk).cpu()
-        return Fetch(functools.partial(self.store.fetch, ids, groups), self._device)
+        if self._threads is None:
+            self._threads = shared_threads("hga-fetch", MOST_THREADS)
+        try:
+            return Fetch(self._threads, functools.partial(self.store.fetch, ids, groups), self._device)
+        except RuntimeError:  # no thread to be had: the caller fetches itself
+            return None
 
     def addresses(self) -> Tensor:
         """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""

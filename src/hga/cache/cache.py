@@ -168,7 +168,7 @@ class HGACache(DynamicCache):
             dtype = dtype or getattr(layers[0].shape.model_config, "dtype", None) or torch.get_default_dtype()
             wanted_bytes = sum(layer.growth_bytes(tokens, rows, dtype) for layer in layers)
             check = check_host_room if self.hga_config.store == "ram" else check_disk_room
-            check(wanted_bytes, f"the archive of this prompt ({tokens:,} tokens)")
+            check(wanted_bytes, f"the archive of {tokens:,} tokens, prompt and answer,")
 
     def can_begin_token(self) -> bool:
         """Whether kernels serve the next token in every layer of this cache."""

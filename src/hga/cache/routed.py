@@ -183,7 +183,7 @@ class OpenedBlock:
         return self.started is not None
 
     def drop(self) -> None:
-        """Wait for what was begun."""
+        """Nobody asks for what was begun."""
         if self.started is not None:
             self.started.drop()
 

@@ -226,7 +226,7 @@ class Row:
                         attend_ahead()
                 routed_from = stop
         finally:
-            for tile, _ in ahead:  # after an error: nobody else may use the store before they have come
+            for tile, _ in ahead:  # after an error
                 tile.drop()
 
     def _attend_exact(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:

@@ -14,7 +14,8 @@ STEP = 0.996
 PEAK, LEAST = 448.0, 2.0**-6
 """Largest and least channel spread, as e4m3 keeps them: a channel of less spread is coded as if it had that much."""
 STEPS_PER_OCTAVE, UNIT_STEP = 8, 208
-"""A byte u is a step of 2 ** ((u - 208) / 8): from 2 ** -26 to 2 ** 5.9, at most 4.4% beside what is wanted."""
+"""A byte u is a step of 2 ** ((u - 208) / 8): from 2 ** -26 to 2 ** 5.9, at most 4.4% beside what is wanted. Keys that
+differ by less than 1e-5, or by more than 1e4, are coded more coarsely."""
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 

@@ -14,6 +14,8 @@ from hga.integrations.transformers.forward import forward_with_cache
 from hga.serving.sampling import Sampler, Sampling
 from hga.serving.text import TextStream
 
+RESERVED_TOKENS = 1024
+"""Of an answer, for which room is asked before its prompt is read: most end long before they may."""
 CPU_BLOCK_TOKENS = 256
 """A prompt's tokens between two looks at who else waits; on a CPU larger blocks are hardly faster."""
 
@@ -52,7 +54,8 @@ class Answer:
         config = cache.hga_config
         self._block = config.block_tokens if model.device.type == "cuda" else min(config.block_tokens, CPU_BLOCK_TOKENS)
         cache.reset_counters()
-        cache.check_room(len(request.prompt_ids) - self.fed_tokens + request.max_tokens, dtype=model.dtype)
+        wanted = len(request.prompt_ids) - self.fed_tokens + min(request.max_tokens, RESERVED_TOKENS)
+        cache.check_room(wanted, dtype=model.dtype)
 
     @property
     def ids(self) -> list[int]:

@@ -6,6 +6,7 @@ would be alone, and who asks a short question does not wait for somebody's long 
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -175,9 +176,12 @@ class Engine:
             else:
                 self._advance(job, job.answer)
         except Exception as error:
-            if is_out_of_memory(error):
-                logger.warning("a request of %d tokens ran out of memory: %s", len(job.request.prompt_ids), error)
-                failure = Failed("there is not enough memory for this request now; try again or send less", 503)
+            if _is_out_of_room(error):
+                logger.warning("a request of %d tokens found no room: %s", len(job.request.prompt_ids), error)
+                failure = Failed(
+                    "there is not enough memory or disk for this request now; try again, send less or lower max_tokens",
+                    503,
+                )
             else:
                 logger.exception("a request failed")
                 failure = Failed("the answer failed; the server's log says why")
@@ -188,7 +192,7 @@ class Engine:
         answer, helps = job.answer, False
         if job.begun_anew:
             pass
-        elif is_out_of_memory(error):
+        elif _is_out_of_room(error):
             helps = self._contexts.make_room(error.missing_bytes if isinstance(error, HostRoomError) else None)
         elif answer is not None and isinstance(error, ValueError | OSError):  # as of a saved file that was damaged
             helps = self._contexts.distrust(answer.cache)
@@ -273,3 +277,8 @@ class Engine:
             self._metrics.under_way.set(len(self._jobs))
         self._metrics.kept(len(self._contexts), self._by_place(self._contexts.held_bytes()), self._contexts.evictions)
         job.report(event)
+
+
+def _is_out_of_room(error: Exception) -> bool:
+    """Whether forgetting old contexts, whose archives lie in memory or in scratch files, may help."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)

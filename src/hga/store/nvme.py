@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hga.store.extents import fit_piece, in_turn, runs
 from hga.store.host import allocate_host, check_host_room
+from hga.store.locking import alone
 from hga.store.piece_files import PieceFiles
 from hga.store.pieces import PieceCache, take_rows
 from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader, is_over
@@ -63,6 +65,7 @@ class NvmeStore:
         self._chunk_bytes = layout.kv_heads * layout.groups * self._group_bytes
         self._ram_cache_bytes = ram_cache_bytes
         self._abandoned: deque[int] = deque()
+        self.lock = threading.RLock()
         check_host_room(ram_cache_bytes, "a layer's RAM cache of its archive (ram_cache_bytes)")
         self._empty()
 
@@ -84,6 +87,7 @@ class NvmeStore:
         self._order = torch.empty(0, self.layout.kv_heads, self.layout.tokens, dtype=torch.int16)
         self._file_chunks = 0
 
+    @alone
     def adopt(self, saved: SavedChunks, order: Tensor | None) -> list[int]:
         """Be, from empty, a store of a saved file's chunks; returns their ids, each retained once.
 
@@ -104,6 +108,7 @@ class NvmeStore:
 
     # ---- the protocol --------------------------------------------------------------------------------
 
+    @alone
     def append(self, records: Tensor, order: Tensor | None) -> list[int]:
         """See `Store.append`. OSError when the disk has no room, or an earlier write behind the caller failed."""
         self.release([])
@@ -133,6 +138,7 @@ class NvmeStore:
         self._holders.update(dict.fromkeys(ids, 1))
         return ids
 
+    @alone
     def read(self, ids: list[int], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         """See `Store.read`."""
         target = torch.device("cpu") if device is None else device
@@ -140,6 +146,7 @@ class NvmeStore:
         self.stage(ids, records)
         return records, self._order[ids].long().to(target) if self.layout.ordered else None
 
+    @alone
     def stage(self, ids: list[int], out: Tensor) -> None:
         """See `Store.stage`. By way of page-aligned memory, page-locked for a GPU; the cache is left as it is."""
         for chunk in ids:
@@ -155,6 +162,7 @@ class NvmeStore:
                 rows = staging[: len(part), : self._chunk_bytes].contiguous()
                 out[start : start + len(part)].copy_(rows.view(self.layout.dtype).view(len(part), *self.layout.shape))
 
+    @alone
     def fetch(self, ids: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store.fetch`. All heads are one batch, as long as the cache holds it."""
         layout, half = self.layout, self._group_bytes // 2
@@ -169,6 +177,7 @@ class NvmeStore:
         self._bring(ids.cpu(), torch.arange(layout.kv_heads)[:, None], groups.cpu(), deliver)
         return keys, values
 
+    @alone
     def collect(self, ids: Tensor, heads: Tensor, groups: Tensor, out: Tensor) -> None:
         """See `Store.collect`. One batch, as long as the cache holds it."""
         target: Any = out.view(-1).view(torch.uint8).view(-1, self._group_bytes).numpy()
@@ -195,11 +204,13 @@ class NvmeStore:
         """See `Store.waits`."""
         return True
 
+    @alone
     def retain(self, ids: list[int]) -> None:
         """See `Store.retain`."""
         for chunk in ids:
             self._holders[self._held(chunk)] += 1
 
+    @alone
     def release(self, ids: list[int]) -> None:
         """See `Store.release`. With the last chunk the file goes."""
         for chunk in (*(self._abandoned.popleft() for _ in range(len(self._abandoned))), *ids):
@@ -218,6 +229,7 @@ class NvmeStore:
         """`release` for a finalizer, which may run in the middle of any call: it takes effect at a later one."""
         self._abandoned.extend(ids)
 
+    @alone
     def held_bytes(self) -> dict[str, int]:
         """See `Store.held_bytes`. What the RAM cache holds besides is not counted twice."""
         self.release([])
@@ -232,6 +244,7 @@ class NvmeStore:
         ram = self._cache.held_bytes + self._order.nbytes + self.traffic.queued_bytes
         return {"nvme": (self._files.first_own + self._file_chunks) * self._stride, "ram": ram}
 
+    @alone
     def scratch_growth_bytes(self, chunks: int) -> int:
         """Bytes that the scratch file will take for so many chunks more, beyond what it has reserved."""
         self.release([])

@@ -43,7 +43,8 @@ class PieceFiles:
         """Fill rows of memory with pieces, neighbours in a file by one read, and tell of each part that has arrived.
 
         ends: of the parts, each of ascending pieces, in pieces. All are read at once, and arrive in order. Errors as
-        `Reader.read`, and ValueError for a saved piece that is not what was saved; no read is under way behind them.
+        `Reader.read`, and ValueError for a saved piece that is not what was saved; no read is under way behind them,
+        unless `is_over` denies it.
         """
         size, own = self._piece_bytes, self.first_own * self._per_chunk
         is_saved = pieces < own

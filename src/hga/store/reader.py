@@ -20,7 +20,7 @@ from hga.store.traffic import Traffic
 PAGE_BYTES = 4096
 """What offsets, lengths and buffers of O_DIRECT are multiples of."""
 THREADS = 32
-"""That read for one caller at once."""
+"""That read for one batch at once."""
 MOST_THREADS = 256
 """That read for all: more than one caller needs, so that those which a hung device holds do not stop other files."""
 DEADLINE_SECONDS = 60.0

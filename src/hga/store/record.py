@@ -133,7 +133,7 @@ class Store(Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether `fetch` may wait for a device, so that a caller with other work does better in another thread."""
+        """Whether `fetch` is worth a thread of its own: it waits for a device, and threads may share the store."""
         ...
 
     def retain(self, ids: list[int]) -> None:

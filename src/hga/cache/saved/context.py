@@ -189,7 +189,10 @@ def _parse(path: Path, metadata: dict[str, str]) -> SavedContext:
     if version != str(VERSION):
         if version.isdecimal() and len(version) < 10 and int(version) > VERSION:
             raise ValueError(f"{path} has format version {version}, this hga reads {VERSION}; it needs a newer hga")
-        raise ValueError(f"{path} has format version {version[:20]!r}, this hga reads {VERSION}")
+        raise ValueError(
+            f"{path} has format version {version[:20]!r}, this hga reads {VERSION}; an older hga wrote it: read the "
+            "document again with `hga context save`"
+        )
     try:
         config = HGAConfig.from_json(metadata["config"])
         tokens = int(metadata["tokens"])
