@@ -347,7 +347,7 @@ def test_a_prompt_that_the_host_cannot_hold_is_refused_before_it_is_read(model, 
     cache = HGACache(model.config, SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(host, "available_host_bytes", lambda: RESERVE_BYTES + wanted - 1)
-        with pytest.raises(MemoryError, match=rf"this prompt \(700 tokens\) needs {wanted:,} bytes"):
+        with pytest.raises(MemoryError, match=rf"700 tokens, prompt and answer, needs {wanted:,} bytes"):
             model(prompt(700, rows=3), past_key_values=cache)
         assert cache.get_seq_length() == 0
         assert cache.stats().store_bytes == 0
