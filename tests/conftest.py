@@ -22,14 +22,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-torch.set_num_threads(1)  # tiny tensors: two contended threads are many times slower than one
+torch.set_num_threads(1)  # tiny tensors: two contended threads are many times slower; two workers share the tests
 settings.register_profile("hga", derandomize=True, deadline=None, max_examples=25, print_blob=False)
 settings.load_profile("hga")
 
 
 @pytest.fixture(scope="session")
 def default_model() -> tuple[Any, Any]:
-    """The default model's real weights and tokenizer, float32: one copy in the process, shared by all tests."""
+    """The default model's real weights and tokenizer, float32: one copy in a process, shared by all its tests."""
     from hga.models import load_model
 
     return load_model("smollm2-135m")
