@@ -50,14 +50,14 @@ def test_the_same_seed_makes_the_same_example(task):
     assert example(task) != example(task, 1)
 
 
-@pytest.mark.parametrize("task", set(TASKS) - {"common_words"})
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"common_words"}))
 def test_distractors_have_the_form_of_the_answers(task):
     made = example(task, 3)
     others = set(re.findall(made.form, made.context)) - set(made.answers)
     assert len(others) >= {"needle": 3, "needle_keys": 8, "needle_values": 12, "variables": 8}.get(task, 7)
 
 
-@pytest.mark.parametrize("task", set(TASKS) - {"common_words", "code"})
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"common_words", "code"}))
 def test_no_paragraph_comes_twice(task):
     for characters in (3000, 30_000):
         made = example(task, 1, characters)
