@@ -13,12 +13,11 @@ import argparse
 import gc
 import json
 import time
-from importlib.resources import files
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from transformers import AutoConfig, AutoModelForCausalLM
+from gpu_model import make_empty_model
 
 import hga
 
@@ -27,18 +26,13 @@ _PATTERN = 1 << 24  # numbers that are drawn; every parameter repeats them
 
 def make_model() -> Any:
     """The model in host memory, random weights."""
-    fields = json.loads((files("hga") / "data" / "configs" / "qwen3-30b-a3b.json").read_text())
-    config = AutoConfig.for_model(**fields)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
+    model = make_empty_model("qwen3-30b-a3b.json", "cpu")
     drawn = torch.randn(_PATTERN, dtype=torch.bfloat16) * 0.02
     for name, parameter in model.named_parameters():
         flat = parameter.data.view(-1)
         for start in range(0, flat.numel(), _PATTERN):
             part = flat[start : start + _PATTERN]
             part.fill_(1) if "norm" in name else part.copy_(drawn[: part.numel()])
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model
 
 

@@ -74,17 +74,23 @@ class Drifting:
         return hga_attention(module, query, key, value, mask, **kwargs)
 
 
-def make_model(name: str) -> Any:
-    """The model of a packaged config with random bfloat16 weights on the GPU."""
+def make_empty_model(name: str, device: str) -> Any:
+    """The model of a packaged config, bfloat16, its weights not written yet."""
     config = AutoConfig.for_model(**json.loads((files("hga") / "data" / "configs" / name).read_text()))
     config.max_position_embeddings = 1 << 20
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cuda").eval()
+    model = model.to_empty(device=device).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model
+
+
+def make_model(name: str) -> Any:
+    """The model of a packaged config with random bfloat16 weights on the GPU."""
+    model = make_empty_model(name, "cuda")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.fill_(1) if "norm" in key else parameter.normal_(0, 0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
     use_experts(model, "batched_mm")
     return model
 

@@ -27,9 +27,14 @@ OpenStore = Callable[[RecordLayout], Store]
 class Fetch:
     """K/V of groups on their way from a store that several threads may use."""
 
-    def __init__(self, threads: Threads, fetch: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> None:
-        """RuntimeError if the system has no thread left."""
-        self._device = device
+    def __init__(
+        self,
+        threads: Threads,
+        fetch: Callable[[], tuple[Tensor, Tensor]],
+        finish: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
+    ) -> None:
+        """finish: what is left to do with the result, in the caller's thread. RuntimeError without a thread left."""
+        self._finish = finish
         self._found: tuple[Tensor, Tensor] | None = None
         self._error: BaseException | None = None
         self._dropped = False
@@ -59,8 +64,7 @@ class Fetch:
             finally:
                 del error
         assert self._found is not None
-        keys, values = self._found
-        return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
+        return self._finish(self._found)
 
 
 class Archive:
@@ -179,22 +183,29 @@ class Archive:
 
     def fetch(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """K/V of groups at ascending places of the store, (Hkv, U): keys, values (Hkv, U g, D)."""
-        per_chunk = self._config.chunk_size // self._config.group_size
-        keys, values = self.store.fetch(places // per_chunk, places % per_chunk)
-        return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
+        return self._place(self.store.fetch(*self._locate(places)))
 
     def begin_fetch(self, places: Tensor) -> Fetch | None:
         """`fetch` beside the caller's work, where the store waits for a device; else None: it has to be called."""
         if not self.store.waits:
             return None
-        per_chunk = self._config.chunk_size // self._config.group_size
-        ids, groups = (places // per_chunk).cpu(), (places % per_chunk).cpu()
+        located = [x.cpu() for x in self._locate(places)]
         if self._threads is None:
             self._threads = shared_threads("hga-fetch", MOST_THREADS)
         try:
-            return Fetch(self._threads, functools.partial(self.store.fetch, ids, groups), self._device)
+            return Fetch(self._threads, functools.partial(self.store.fetch, *located), self._place)
         except RuntimeError:  # no thread to be had: the caller fetches itself
             return None
+
+    def _locate(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks in the store, and groups in them, of places (Hkv, U)."""
+        per_chunk = self._config.chunk_size // self._config.group_size
+        return places // per_chunk, places % per_chunk
+
+    def _place(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Bring what a store fetched (Hkv, U, g, D) beside the model: (Hkv, U g, D)."""
+        keys, values = found
+        return keys.to(self._device).flatten(1, 2), values.to(self._device).flatten(1, 2)
 
     def addresses(self) -> Tensor:
         """Where the chunks' records lie (n,), for kernels that read them; the current stream may read at once."""

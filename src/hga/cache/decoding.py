@@ -154,7 +154,7 @@ class LayerDecoder:
         self._decoding.publish(rows, step, device)
         if self._layer is None or not self._holds(rows):
             self._layer = self._stack(rows)
-            self._stacked = [(row.near_buffers()[0], row.archive.summaries.node_keys.buffers.data) for row in rows]
+            self._stacked = [row.moving_buffers() for row in rows]
             self._known = [(row.archive.reopenings, []) for row in rows]
             self._ids = [torch.empty(0, dtype=torch.int64)] * len(rows)
             self._decoding.generation += 1

@@ -75,14 +75,11 @@ class Tile:
     unique_opened: Tensor | None
 
     def start(self) -> bool:
-        """Begin to fetch beside the caller's work, if that saves waiting; returns whether it has begun.
-
-        `attend` or `drop` then comes before anything else that uses the store.
-        """
+        """Begin to fetch beside the caller's work, if that saves waiting; returns whether it has begun."""
         return bool(self.blocks) and self.blocks[0].start()
 
     def drop(self) -> None:
-        """Wait for what `start` began, whatever comes of it."""
+        """Nobody asks for what `start` began."""
         if self.blocks:
             self.blocks[0].drop()
 

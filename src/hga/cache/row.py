@@ -82,7 +82,7 @@ class Row:
     @property
     def near_length(self) -> int:
         """Tokens that are not in a closed chunk."""
-        return self.length - self.chunks * self._config.chunk_size
+        return self.in_use()[0]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite."""
@@ -154,11 +154,15 @@ class Row:
 
     def in_use(self) -> tuple[int, int]:
         """Tokens in `near` and closed chunks."""
-        chunks = 0 if self._archive is None else len(self._archive.chunks)
+        chunks = self.chunks
         return self.length - chunks * self._config.chunk_size, chunks
 
+    def moving_buffers(self) -> tuple[Tensor, Tensor]:
+        """What changes whenever its buffers move: `near` and summaries move all together or not at all."""
+        return self._keys, self.archive.summaries.node_keys.buffers.data
+
     def holds(self, near: Tensor, nodes: Tensor) -> bool:
-        """Whether these are its buffers still: `near` and summaries move all together or not at all."""
+        """Whether these are its `moving_buffers` still; asked at every step, so without making them."""
         return self._archive is not None and self._keys is near and self._archive.summaries.node_keys.is_held(nodes)
 
     def near_buffers(self) -> tuple[Tensor, Tensor]:
