@@ -83,6 +83,11 @@ def decode_layer(config: HGAConfig, rows: list[Row], repeats: int) -> tuple[Deco
     if config.coded and node_values is not None:
         node_values = Nibbles(*node_values)
     counts = torch.tensor([[row.near_length + 1, row.chunks, 1, 0] for row in rows], dtype=torch.int32)
+    scratch = Scratch.allocate(config, len(rows), heads, repeats, width, chunks, torch.device(DEVICE))
+    for owner in filter(None, (scratch, scratch.nodes, scratch.groups)):
+        for buffer in vars(owner).values():
+            if isinstance(buffer, Tensor) and buffer.is_floating_point():
+                buffer.view(torch.int32).fill_(0x7FA00000)  # a signalling NaN: numpy warns of any arithmetic with it
     layer = DecodeLayer(
         near_keys=near[0],
         near_values=near[1],
@@ -91,7 +96,7 @@ def decode_layer(config: HGAConfig, rows: list[Row], repeats: int) -> tuple[Deco
         group_keys=group_keys,
         addresses=addresses.to(DEVICE),
         slots=SlotCache.allocate(config, len(rows) * heads, repeats, chunks, near[0]),
-        scratch=Scratch.allocate(config, len(rows), heads, repeats, width, chunks, torch.device(DEVICE)),
+        scratch=scratch,
         faults=torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda"),
     )
     return layer, counts.to(DEVICE)

@@ -257,6 +257,7 @@ def merge_kernel(
     norm = tl.sum(total * weight, 0)
     if SINKS:
         norm += tl.exp(sink - top)
-    part = tl.load(sums + (line * parts + p)[:, None] * DB + d[None, :], mask=(p < used)[:, None], other=0.0)
+    written = (p < used)[:, None] & (d < width)[None, :]
+    part = tl.load(sums + (line * parts + p)[:, None] * DB + d[None, :], mask=written, other=0.0)
     value = tl.sum(part * weight[:, None], 0) / norm
     tl.store(out + line * width + d, value.to(out.dtype.element_ty), mask=d < width)
