@@ -7,7 +7,7 @@ import rows
 import torch
 
 from hga import HGAConfig
-from hga.cache import archive, row
+from hga.cache import archive, block, row
 from hga.cache.archive import Archive
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
@@ -44,9 +44,11 @@ def make_row(config: HGAConfig) -> Row:
     return Row(config, lambda layout: MemoryStore(layout, torch.device("cpu"), "ram"), Counters(), None)
 
 
-def test_auto_is_exact_where_kernels_read_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("serve", [True, False], ids=["kernels", "PyTorch"])
+def test_auto_is_exact_in_long_blocks(serve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [make_row(CONFIG.replace(prefill=prefill, dense_below=0)) for prefill in ("auto", "exact")]
-    monkeypatch.setattr(row, "kernels_serve", lambda *args: True)
+    for module in (row, block):
+        monkeypatch.setattr(module, "kernels_serve", lambda *args: serve)
     monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 41)
     for tokens in (230, 41, 1):
         keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
@@ -71,7 +73,8 @@ def test_blocks_by_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
         outputs = []
         for one, serve in ((fast, True), (plain, False)):
-            monkeypatch.setattr(row, "kernels_serve", lambda *args, serve=serve: serve)
+            for module in (row, block):
+                monkeypatch.setattr(module, "kernels_serve", lambda *args, serve=serve: serve)
             one.append(keys, values)
             outputs.append(one.attend(query, Scoring(0.3)))
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)

@@ -107,15 +107,16 @@ def test_saved_conversations_go_on(model: Any, tmp_path: Path) -> None:
 
 
 def test_an_answer_that_was_stopped(model: Any) -> None:
+    text = "x" * 1500  # read in two blocks
     conversation = Conversation(model, tokenizer(), SMALL)
-    answer = conversation.begin("x" * 600, Sampling(), 20)
+    answer = conversation.begin(text, Sampling(), 20)
     answer.advance()
     assert answer.is_reading
-    conversation.end("x" * 600, answer, "")
+    conversation.end(text, answer, "")
     assert conversation.messages == []
-    text, answer = turn(conversation, "x" * 600 + "y")
-    assert answer.cached_tokens > 200  # what was read is not lost
-    assert text == generated(model, "<u>" + "x" * 600 + "y<e><a><think>", 20)
+    said, answer = turn(conversation, text + "y")
+    assert answer.cached_tokens > 700  # what was read is not lost
+    assert said == generated(model, "<u>" + text + "y<e><a><think>", 20)
 
 
 def test_positions_run_out(model: Any) -> None:

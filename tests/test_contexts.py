@@ -444,7 +444,7 @@ def test_a_question_starts_soon_on_real_weights(default_model, tmp_path: Path) -
         save(model, path, config, ids)
         started = time.perf_counter()
         fresh = new_cache(model, config)
-        read(model, prompt[:, :-1], fresh)
+        read(model, ids, fresh)
         expected = answer(model, prompt, fresh.fork(), tokens=1)
         with_prefill = time.perf_counter() - started
         started = time.perf_counter()

@@ -47,8 +47,8 @@ class HGAConfig:
     summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
-        everything before it; "auto": a query is exact below `4 * budget_tokens` and routed from there, but on a GPU
-        exact in a forward of 512 tokens or more, which is faster there.
+        everything before it; "auto": so does a forward of 512 tokens or more, which is faster than routing them; a
+        shorter one only at positions below `4 * budget_tokens`.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
     store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or

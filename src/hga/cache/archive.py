@@ -128,6 +128,11 @@ class Archive:
         keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
         return keys, values
 
+    @property
+    def streamed_tokens(self) -> int:
+        """The most tokens that `stream` yields at once."""
+        return min(_STREAMED_CHUNKS, len(self.chunks)) * self._config.chunk_size
+
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All archived K/V, (Hkv, some chunks, D) at a time, in group order."""
         for start in range(0, len(self.chunks), _STREAMED_CHUNKS):

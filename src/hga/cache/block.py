@@ -1,27 +1,67 @@
-"""A block of queries of one row on a GPU: exact and routed prefill by kernels, the archive brought from the store."""
+"""A block of queries of one row: exact prefill, and routed prefill by kernels, the archive brought from the store."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hga.cache.archive import Archive
-from hga.cache.routed import Scoring
+from hga.cache.kernels import kernels_serve
+from hga.cache.routed import NUMBERS_AT_ONCE, Scoring
 from hga.config import HGAConfig
-from hga.ops.attention import add_sinks
+from hga.ops import fused, prefill
+from hga.ops.attention import Output, add_sinks
 from hga.ops.prefill_routed import ClosedChunks
 
 
 def attend_exact_block(
-    query: Tensor, near: tuple[Tensor, Tensor], place: int, archive: Archive | None, scoring: Scoring
+    config: HGAConfig,
+    query: Tensor,
+    near: tuple[Tensor, Tensor],
+    place: int,
+    archive: Archive | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Dense attention of queries (Hkv, R, T, D), not scaled, the first at `place` of `near`, to all before them."""
+    # A single token, which few programs would read everything for one after another, is left to PyTorch.
+    if query.shape[2] > 1 and kernels_serve(config, query.dtype, query.device):
+        output = _attend_by_kernels(query, near, place, archive, scoring)
+    elif query.device.type == "cpu" and scoring.softcap is None:
+        output = fused.attend_causal(query, *near, place, scoring.scale)
+        for keys, values in () if archive is None else archive.stream():
+            output = fused.attend_all(query, keys, values, scoring.scale, onto=output)
+    else:
+        output = _attend_plainly(query, near, place, archive, scoring)
+    return add_sinks(output, scoring.sinks)
+
+
+def _attend_by_kernels(
+    query: Tensor, near: tuple[Tensor, Tensor], place: int, archive: Archive | None, scoring: Scoring
+) -> Output:
     from hga.ops.kernels.prefill import attend_all, attend_causal  # Triton is optional
 
     output = attend_causal(query, *near, place, scoring.scale, scoring.softcap)
     for records in () if archive is None else archive.stream_records():
         keys, values = records.unbind(3)
         output = attend_all(query, keys, values, scoring.scale, scoring.softcap, onto=output)
-    return add_sinks(output, scoring.sinks)
+    return output
+
+
+def _attend_plainly(
+    query: Tensor, near: tuple[Tensor, Tensor], place: int, archive: Archive | None, scoring: Scoring
+) -> Output:
+    """In blocks of queries, so that logits stay bounded."""
+    heads, repeats, tokens, _ = query.shape
+    keys_at_once = near[0].shape[1] if archive is None else max(near[0].shape[1], archive.streamed_tokens)
+    size = max(1, NUMBERS_AT_ONCE // (heads * repeats * keys_at_once))
+    outputs = []
+    for start in range(0, tokens, size):
+        here = query[:, :, start : start + size]
+        output = prefill.attend_causal(here, *near, place + start, scoring.scale, scoring.softcap)
+        for keys, values in () if archive is None else archive.stream():
+            output = prefill.attend_all(here, keys, values, scoring.scale, scoring.softcap, onto=output)
+        outputs.append(output)
+    return Output(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True)))
 
 
 def attend_routed_block(

@@ -18,14 +18,13 @@ from hga.cache.block import attend_exact_block, attend_routed_block
 from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, Tile, route_tile
 from hga.config import TILE_TOKENS, HGAConfig
-from hga.ops.attention import Part, add_sinks, attend, merge
 from hga.ops.precision import Rows, compute_dtype
-from hga.ops.routing import NEVER, score
 from hga.ops.tiles import closed_chunks, pending_groups
 
 EXACT_BLOCK_TOKENS = 512
-"""With prefill="auto", kernels read a block of so many tokens exactly: that is faster than routing them
-(benchmarks/gpu_prefill.py), and loses nothing. A shorter one is not worth streaming the whole archive.
+"""With prefill="auto" a block of so many tokens is read exactly: that is faster than routing them, on a CPU up to
+some 128K tokens and more (benchmarks/cpu_prefill.py, gpu_prefill.py), and loses nothing. A shorter one is not worth
+streaming the whole archive.
 """
 
 
@@ -184,59 +183,52 @@ class Row:
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
         out = torch.empty_like(query)
-        by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
-        exact = config.prefill == "exact" and tokens > 1
-        if config.prefill == "auto" and by_kernels:
-            exact = tokens >= EXACT_BLOCK_TOKENS
+        exact = tokens >= {"exact": 2, "auto": EXACT_BLOCK_TOKENS, "routed": math.inf}[config.prefill]
         routed_from = self.length if exact else min(max(first, config.dense_positions), self.length)
-        if by_kernels and first < routed_from:
-            out[:, :, : routed_from - first] = self._attend_exact(query[:, :, : routed_from - first], first, scoring)
-            first = routed_from
-        if by_kernels and first < self.length and config.selection == "shared":
-            out[:, :, first - self.length :] = self._attend_block(query[:, :, first - self.length :], first, scoring)
-            first = self.length
-        if first < self.length:
-            query = query[:, :, first - self.length :].to(compute_dtype(query.dtype)) * scoring.scale
-            self._attend_by_tiles(query, first, routed_from, scoring, out[:, :, first - self.length :])
+        if first < routed_from:
+            self._counters.add_dense(routed_from - first)
+            here, near = slice(0, routed_from - first), self._near()
+            place = self._index_of(first)
+            out[:, :, here] = attend_exact_block(config, query[:, :, here], near, place, self._archive, scoring)
+        if routed_from < self.length:
+            query, routed = query[:, :, routed_from - self.length :], out[:, :, routed_from - self.length :]
+            by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
+            if by_kernels and config.selection == "shared":
+                routed[:] = self._attend_block(query, routed_from, scoring)
+            else:
+                self._attend_by_tiles(query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
         if self.length >= config.dense_positions:
             self._close(closed_chunks(config, self.length))
         return out
 
-    def _attend_by_tiles(self, query: Tensor, first: int, routed_from: int, scoring: Scoring, out: Tensor) -> None:
-        """Attend scaled queries in PyTorch, densely below `routed_from`, tile by tile from there."""
-        config = self._config
-        for start, stop in _blocks(first, routed_from, self._dense_block(query)):
-            here = slice(start - first, stop - first)
-            out[:, :, here] = self._attend_dense(query[:, :, here], start, scoring)
+    def _attend_by_tiles(self, query: Tensor, scoring: Scoring, out: Tensor) -> None:
+        """Route scaled queries, the row's last, in PyTorch, tile by tile."""
+        config, first = self._config, self.length - query.shape[2]
+        start = first
         ahead: list[tuple[Tile, int]] = []  # a tile whose K/V are on their way while the next one is routed
 
         def attend_ahead() -> None:
-            for tile, start in ahead:
-                end = start + tile.query.shape[2]
-                out[:, :, start - first : end - first] = self._attend_tile(tile, start)
+            for tile, begin in ahead:
+                end = begin + tile.query.shape[2]
+                out[:, :, begin - first : end - first] = self._attend_tile(tile, begin)
             ahead.clear()
 
         try:
-            while routed_from < self.length:
-                stop = min(self.length, (routed_from // TILE_TOKENS + 1) * TILE_TOKENS)
-                if closed_chunks(config, routed_from) > self.chunks:
+            while start < self.length:
+                stop = min(self.length, (start // TILE_TOKENS + 1) * TILE_TOKENS)
+                if closed_chunks(config, start) > self.chunks:
                     attend_ahead()
-                self._close(closed_chunks(config, routed_from))
-                for start, end in _blocks(routed_from, stop, self._routed_block(query)):
-                    tile = self._route(query[:, :, start - first : end - first], start, scoring)
+                self._close(closed_chunks(config, start))
+                for begin, end in _blocks(start, stop, self._routed_block(query)):
+                    tile = self._route(query[:, :, begin - first : end - first], begin, scoring)
                     attend_ahead()
-                    ahead.append((tile, start))
+                    ahead.append((tile, begin))
                     if end == self.length or not tile.start():
                         attend_ahead()
-                routed_from = stop
+                start = stop
         finally:
             for tile, _ in ahead:  # after an error
                 tile.drop()
-
-    def _attend_exact(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
-        """`_attend_dense` by kernels, queries not scaled."""
-        self._counters.add_dense(query.shape[2])
-        return attend_exact_block(query, self._near(), self._index_of(first), self._archive, scoring)
 
     def _attend_block(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Routed attention by kernels for all tiles of a block that ends with the row, queries not scaled."""
@@ -250,20 +242,6 @@ class Row:
             self._count(start, stop - start, closed_chunks(config, start), None, 0)
             start = stop
         return attend_routed_block(config, query, near, self._archive, first, scoring)
-
-    def _attend_dense(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
-        """Attend to everything before each query: `near` causally, the archive streamed."""
-        work, place = query.dtype, self._index_of(first)
-        keys, values = self._near()
-        index = torch.arange(place, place + query.shape[2], device=query.device)
-        unseen = torch.arange(keys.shape[1], device=query.device) > index[:, None]
-        logits = score(query, keys.to(work), scoring.softcap).masked_fill_(unseen, NEVER)
-        output = attend([Part(logits, values.to(work))])
-        for keys, values in () if self._archive is None else self._archive.stream():
-            part = Part(score(query, keys.to(work), scoring.softcap), values.to(work))
-            output = merge(output, attend([part]))
-        self._counters.add_dense(query.shape[2])
-        return add_sinks(output, scoring.sinks)
 
     def _route(self, query: Tensor, first: int, scoring: Scoring) -> Tile:
         """Route queries of one tile, scaled, whose closed chunks are in the archive."""
@@ -293,11 +271,6 @@ class Row:
             fetched = always + (opened if unions is None else unions[query])
             self._counters.add(position + 1, always + opened, fetched)
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
-
-    def _dense_block(self, query: Tensor) -> int:
-        """Queries attended densely at once, so that their logits stay bounded."""
-        rows = query.shape[0] * query.shape[1]
-        return max(1, NUMBERS_AT_ONCE // (rows * (self.near_length + self._config.chunk_size)))
 
     def _routed_block(self, query: Tensor) -> int:
         """Queries of a tile routed at once, so that their logits stay bounded as the context grows."""

@@ -165,15 +165,13 @@ def read_prompt(model: Any, ids: Tensor, cache: Any, first: int, last: int) -> N
     """Feed tokens `first` to `last` of a prompt (1, T), with a progress bar; generate takes it from there."""
     import torch
 
-    from hga.integrations.transformers.forward import forward_with_cache
+    from hga.integrations.transformers.forward import forward_with_cache, split_evenly
 
-    block = cache.hga_config.block_tokens
     with torch.no_grad(), token_progress() as progress:
         task = progress.add_task("reading", total=last - first)
-        for start in range(first, last, block):
-            part = ids[:, start : min(start + block, last)]
-            forward_with_cache(model, part, cache)
-            progress.advance(task, part.shape[1])
+        for start, stop in split_evenly(first, last, cache.hga_config.block_tokens):
+            forward_with_cache(model, ids[:, start:stop], cache)
+            progress.advance(task, stop - start)
 
 
 def _write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, count: int, *, stream: bool) -> list[int]:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from hga.cache import HGACache
-from hga.integrations.transformers.forward import forward_with_cache
+from hga.integrations.transformers.forward import forward_with_cache, split_evenly
 from hga.serving.sampling import Sampler, Sampling
 from hga.serving.text import TextStream
 
 RESERVED_TOKENS = 1024
 """Of an answer, for which room is asked before its prompt is read: most end long before they may."""
-CPU_BLOCK_TOKENS = 256
-"""A prompt's tokens between two looks at who else waits; on a CPU larger blocks are hardly faster."""
+CPU_BLOCK_TOKENS = 1024
+"""A prompt's tokens between two looks at who else waits. Blocks of a longer prompt have more than half of them, enough
+to be read exactly (`HGAConfig.prefill`), as `generate` reads it.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Answer:
         self._text = TextStream(tokenizer, request.stop)
         self._ends = end_tokens(model)
         config = cache.hga_config
-        self._block = config.block_tokens if model.device.type == "cuda" else min(config.block_tokens, CPU_BLOCK_TOKENS)
+        most = config.block_tokens if model.device.type == "cuda" else min(config.block_tokens, CPU_BLOCK_TOKENS)
+        self._stops = [stop for _, stop in split_evenly(self.fed_tokens, len(request.prompt_ids), most)]
         cache.reset_counters()
         wanted = len(request.prompt_ids) - self.fed_tokens + min(request.max_tokens, RESERVED_TOKENS)
         cache.check_room(wanted, dtype=model.dtype)
@@ -72,7 +75,7 @@ class Answer:
         """Read the next block, or write the next token; returns text that became certain."""
         start = time.perf_counter()
         ids = self.ids
-        last = self._next_stop(len(ids))
+        last = next((stop for stop in self._stops if stop > self.fed_tokens), len(ids))
         logits = self._feed(ids[self.fed_tokens : last])
         self.fed_tokens = last
         if last < len(ids):
@@ -100,11 +103,6 @@ class Answer:
             if self._text.stopped:
                 self.finish = "stop"
         return text
-
-    def _next_stop(self, length: int) -> int:
-        """Where the next block ends: never one token before the prompt's end, which would count as decoding."""
-        last = min(length, self.fed_tokens + self._block)
-        return length - 2 if last == length - 1 and self._block > 1 and last - self.fed_tokens > 1 else last
 
     def _feed(self, ids: Sequence[int]) -> Any:
         tokens = torch.tensor([ids], device=self._model.device)

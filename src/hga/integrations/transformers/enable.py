@@ -17,7 +17,7 @@ from hga.cache import HGACache
 from hga.cache.families import check_model_config, routed_layers
 from hga.config import HGAConfig
 from hga.integrations.transformers.attention import EMPTY_PROMPT
-from hga.integrations.transformers.forward import cache_argument
+from hga.integrations.transformers.forward import cache_argument, split_evenly
 from hga.integrations.transformers.step import Stepper
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -117,8 +117,11 @@ def _forward(
             if cache.stepper is None or cache.stepper.inner is not inner:
                 cache.stepper = Stepper(model, inner, argument)
             return cache.stepper.step(functools.partial(call, attention_mask=None), cache, input_ids, position_ids)
-    blocks = -(-count // hga_config.block_tokens)
-    if blocks <= 1 or not isinstance(cache, HGACache) or not _splittable(attention_mask, logits_to_keep, kwargs):
+    if (
+        count <= hga_config.block_tokens
+        or not isinstance(cache, HGACache)
+        or not _splittable(attention_mask, logits_to_keep, kwargs)
+    ):
         return call(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -128,11 +131,8 @@ def _forward(
         )
     cache.check_room(count, rows=tokens.shape[0], dtype=model.dtype)
     past, kept = cache.get_seq_length(), int(logits_to_keep) or count
-    # Blocks of one size: a last block of a single token would count as decoding in an exact prefill.
-    size = -(-count // blocks)
     logits, out = [], None
-    for start in range(0, count, size):
-        stop = min(count, start + size)
+    for start, stop in split_evenly(0, count, hga_config.block_tokens):
         wanted = max(0, stop - max(start, count - kept))
         out = call(
             input_ids=None if input_ids is None else input_ids[:, start:stop],

@@ -26,3 +26,13 @@ def _argument_of(forward: Callable[..., Any]) -> str:
 def forward_with_cache(model: Any, ids: Tensor, cache: DynamicCache, logits_to_keep: int = 1) -> Any:
     """The model's output for tokens (B, T) that follow those of its cache; logits of the last ones, of all for 0."""
     return model(ids, use_cache=True, logits_to_keep=logits_to_keep, **{cache_argument(model): cache})
+
+
+def split_evenly(first: int, last: int, most: int) -> list[tuple[int, int]]:
+    """Cut a prompt's tokens [first, last) into blocks of at most `most`, of one size but for rounding.
+
+    A last block that is much shorter would be read otherwise than the rest (`HGAConfig.prefill`).
+    """
+    count = last - first
+    blocks = -(-count // most)
+    return [(first + count * i // blocks, first + count * (i + 1) // blocks) for i in range(blocks)]
