@@ -1,11 +1,13 @@
 """The first token of a whole model's prompt with the archive on NVMe against host memory, in alternating pairs.
 
-    HGA_SCRATCH=/folder/on/the/disk python benchmarks/nvme_prefill.py --document book.txt --tokens 2400
+    HGA_SCRATCH=/folder/on/the/disk python benchmarks/nvme_prefill.py --document book.txt --tokens 6000
+    HGA_SCRATCH=/folder/on/the/disk python benchmarks/nvme_prefill.py --document book.txt --tokens 2400 --prefill routed
 
-Prefill is routed and the RAM cache holds a share of the archive's K/V, so that every tile of 64 queries reads what most
-of them want from the file. The two stores take turns, the one that begins changing from pair to pair, after a pair that
-is not counted; both must write the same token. One JSON line: the median over pairs of their ratio, all of them, and
-the same of processor time. benchmarks/results/nvme_decode.jsonl keeps the rows.
+The RAM cache holds a share of the archive's K/V. As prompts are read by default, each block of `--block` tokens reads
+the archive once, whole; routed, every tile of 64 queries reads what most of them want from the file. The two stores
+take turns, the one that begins changing from pair to pair, after a pair that is not counted; both must write the same
+token. One JSON line: the median over pairs of their ratio, all of them, and the same of processor time.
+benchmarks/results/nvme_decode.jsonl keeps the rows.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--gguf-file")
     parser.add_argument("--document", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=2400)
+    parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--prefill", default="auto", choices=["auto", "exact", "routed"])
+    parser.add_argument("--block", type=int, default=hga.HGAConfig().block_tokens, help="tokens of a block")
     parser.add_argument("--budget", type=int, default=250)
     parser.add_argument("--share", type=float, default=0.13, help="of the K/V that the RAM cache holds")
     parser.add_argument("--pairs", type=int, default=5)
@@ -46,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.model, options.gguf_file)
     ids = tokenizer(options.document.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, : options.tokens]
-    ram = hga.HGAConfig(budget_tokens=options.budget, prefill="routed")
+    ram = hga.HGAConfig(budget_tokens=options.budget, prefill=options.prefill, block_tokens=options.block)
     *_, cache = first_token(model, ids, ram)
     kv_bytes = cache.stats().kv_bytes
     nvme = ram.replace(store="nvme", ram_cache_bytes=int(options.share * kv_bytes))
@@ -69,6 +73,8 @@ def main() -> None:
     found = {
         "whole_model": Path(options.model).name,
         "prefill_tokens": ids.shape[1],
+        "prefill": options.prefill,
+        "block_tokens": options.block,
         "budget_tokens": options.budget,
         "ram_cache_share": options.share,
         "ram_s": round(statistics.median(seconds["ram"]), 2),

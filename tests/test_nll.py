@@ -81,6 +81,24 @@ def test_equals_decoding_token_by_token(model, ids, changes):
     assert (score.losses - reference_losses(model, ids)).abs().max() > 1e-3  # routing was really at work
 
 
+def test_behind_an_exact_prompt_is_decoding_behind_one(model, ids):
+    """What `exact_prompt` scores is what hga writes by default: a prompt read densely, then one token at a time."""
+    rule = own_rule(64)
+    routed, exact = (next(iter(evaluate_nll(model, ids, rule, exact_prompt=exact))) for exact in (False, True))
+    config, losses = rule["own"].replace(prefill="exact"), []
+    cache = hga.HGACache(config=model.config, hga_config=config)
+    with hga.enabled(model, config), torch.no_grad():
+        model(ids[:, :256], past_key_values=cache)
+        for position in range(256, 511):
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, position + 1 : position + 2]))
+    torch.testing.assert_close(exact.losses, torch.stack(losses), rtol=1e-6, atol=1e-6)
+    assert exact.attended == pytest.approx(routed.attended)
+    assert (exact.losses - routed.losses).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="rule 'quest' is simulated and routes every token"):
+        next(evaluate_nll(model, ids, resolve_rules(["quest"], 512), exact_prompt=True))
+
+
 def test_blocks_do_not_matter(model, ids):
     scores = [next(iter(evaluate_nll(model, ids, own_rule(64), block_tokens=size))) for size in (64, 100, 512)]
     for score in scores[1:]:

@@ -99,6 +99,8 @@ def test_the_plan_refuses_before_any_work():
         plan(settings(budgets=("1/32",)), set())
     with pytest.raises(ValueError, match="leave no prompt before 399"):
         plan(settings(sample_tokens=399), set())
+    with pytest.raises(ValueError, match="rule 'quest' is simulated"):
+        plan(settings(tokens=(4000,), rules=("quest",), exact_prompt=True), set())
 
 
 def test_a_run_makes_the_rows_of_its_plan(tmp_path):
@@ -116,6 +118,23 @@ def test_a_run_makes_the_rows_of_its_plan(tmp_path):
         assert (row["attended"] == 1) == (row["rule"] == "dense")
     longest = [row for row in results.rows if row["kind"] == "drift" and row["tokens"] == 700]
     assert {row["new_tokens"] for row in longest} == {12}
+
+
+def test_prompts_can_be_read_exactly(tmp_path):
+    made = {}
+    for exact in (False, True):
+        chosen = settings(tokens=(700,), budgets=("1/8",), examples=1, exact_prompt=exact)
+        with open_results(None, {}) as results:
+            run(made_suite(results, **vars(chosen)), plan(chosen, {"source.c"}))
+        made[exact] = {Unit.of(row): row for row in results.rows}
+    for unit, row in made[True].items():
+        other = made[False][unit]
+        assert (row["exact_prompt"], other["exact_prompt"]) == (True, False)
+        assert (row["attended"] < 0.2) == (unit.rule != "dense")
+        differ = {name for name in ("nll", "drift_nats") if name in row and row[name] != other[name]}
+        assert bool(differ) == (unit.rule != "dense" and unit.kind in ("nll", "drift")), unit
+    scores = task_scores([row for rows in made.values() for row in rows.values()])
+    assert {score.rule for score in scores} == {"dense", "own", "own, exact prompt"}
 
 
 def test_a_resumed_run_makes_the_same_rows(tmp_path, monkeypatch):
@@ -348,6 +367,7 @@ def test_the_command_refuses(capsys, folder, texts):
         (["generate", *novel, "--tokens", "900", "--budget", "1/4", "--sample-tokens", "3"], "at least 8"),
         (["run", *novel, "--out", str(texts / "out"), "--suite", "all"], "must name parts of nll, tasks, generate"),
         (["run", *novel, "--out", str(texts / "out"), "--score", "some"], "must be half or all"),
+        (["run", *novel, "--out", str(texts / "out"), "--score", "all", "--exact-prompt"], "leaves no prompt"),
         (["run", *novel, "--out", str(texts)], "holds no results of hga eval"),
         (["run", *novel], "--out"),
         (["report", str(texts)], "holds no rows"),

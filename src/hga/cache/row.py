@@ -23,8 +23,8 @@ from hga.ops.tiles import closed_chunks, pending_groups
 
 EXACT_BLOCK_TOKENS = 512
 """With prefill="auto" a block of so many tokens is read exactly: that is faster than routing them, on a CPU up to
-some 128K tokens and more (benchmarks/cpu_prefill.py, gpu_prefill.py), and loses nothing. A shorter one is not worth
-streaming the whole archive.
+64K tokens at least (benchmarks/cpu_prefill.py, gpu_prefill.py), and loses nothing. A shorter one is not worth streaming
+the whole archive.
 """
 
 

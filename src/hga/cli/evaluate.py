@@ -12,10 +12,12 @@ from hga.cli.options import (
     Configs,
     Device,
     Dtype,
+    ExactPrompt,
     GgufFile,
     Json,
     Model,
     Rope,
+    check_scored,
     load,
     parse_share,
     read_rules,
@@ -53,6 +55,7 @@ def nll(
         typer.Option("--budget", metavar="F", help="Exact tokens a query as a share of N: 1/32 or 0.03125."),
     ] = None,
     score: Annotated[str, typer.Option("--score", help="Positions to score: half (the second) or all.")] = "half",
+    exact_prompt: ExactPrompt = False,
     config: Configs = None,
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
@@ -63,7 +66,8 @@ def nll(
 ) -> None:
     """Score the second half of a document under each rule: one row a rule, with the distance from dense attention.
 
-    Every token is scored under teacher forcing through the real cache, routed from the first token on. gap: nats a
+    Every token is scored under teacher forcing through the real cache, routed from the first token on unless
+    --exact-prompt is given. gap: nats a
     token above dense; KL: of what each would write next, dense || rule; top-1: how often the likeliest token is the
     same. JSON rows have the losses by position too.
 
@@ -74,8 +78,7 @@ def nll(
     share = None if budget is None else parse_share(budget)
     if tokens < 5:
         raise ValueError(f"--tokens {tokens} must be at least 5, so that there is a second half to score")
-    if score not in ("half", "all"):
-        raise ValueError(f"--score {score} must be half or all")
+    check_scored(score, exact_prompt)
     from hga.evals.nll import evaluate_nll, first_tokens
     from hga.evals.rule import resolve_rules
 
@@ -91,11 +94,21 @@ def nll(
             ids,
             resolved,
             score_from=0 if score == "all" else None,
+            exact_prompt=exact_prompt,
             progress=lambda rule, n: progress.advance(tasks[rule], n),
         ):
             scores.append(made)
             if json:
-                emit({"kind": "nll", "model": model, "document": document.name, "budget": budget} | made.row())
+                emit(
+                    {
+                        "kind": "nll",
+                        "model": model,
+                        "document": document.name,
+                        "budget": budget,
+                        "exact_prompt": exact_prompt,
+                    }
+                    | made.row()
+                )
     if not json:
         _show(document.name, tokens, scores)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hga.cli.options import load, parse_share, read_rules, read_text, split_names
+from hga.cli.options import check_scored, load, parse_share, read_rules, read_text, split_names
 from hga.cli.output import console, emit, in_bytes, say, table, token_progress
 from hga.evals.summary import label, task_scores
 from hga.models import check_positions
@@ -38,6 +38,7 @@ class Options:
     minutes: float | None
     json: bool
     seed: int
+    exact_prompt: bool = False
     score: str = "half"
     tasks: str = "all"
     examples: int = 8
@@ -113,8 +114,7 @@ def _settings(options: Options, texts: Mapping[str, str]) -> Settings:
     parts = tuple(split_names(options.suite))
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"--suite {options.suite!r} must name parts of {', '.join(PARTS)}")
-    if options.score not in ("half", "all"):
-        raise ValueError(f"--score {options.score} must be half or all")
+    check_scored(options.score, options.exact_prompt)
     lengths = tuple(_count(text, "--tokens", 5) for text in split_names(options.tokens))
     budgets = None if options.budget is None else tuple(split_names(options.budget))
     for budget in budgets or ():
@@ -142,6 +142,7 @@ def _settings(options: Options, texts: Mapping[str, str]) -> Settings:
         new_tokens=options.new_tokens,
         sample_tokens=options.sample_tokens,
         seed=options.seed,
+        exact_prompt=options.exact_prompt,
     )
 
 

@@ -31,6 +31,13 @@ Configs = Annotated[
     list[Path] | None,
     typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),
 ]
+ExactPrompt = Annotated[
+    bool,
+    typer.Option(
+        "--exact-prompt",
+        help="Read densely what is neither scored nor written, as hga reads prompts by default; else all is routed.",
+    ),
+]
 Store = Annotated[
     str,
     typer.Option(
@@ -120,6 +127,14 @@ def parse_share(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"--budget {text!r} must be a share of the context such as 1/32 or 0.03125") from error
+
+
+def check_scored(score: str, exact_prompt: bool) -> None:
+    """ValueError unless --score is known and leaves a prompt to what wants one."""
+    if score not in ("half", "all"):
+        raise ValueError(f"--score {score} must be half or all")
+    if exact_prompt and score == "all":
+        raise ValueError("--score all leaves no prompt before what is scored; leave it or --exact-prompt out")
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hga.cli.measure import Options, measure
-from hga.cli.options import Configs, Device, Dtype, GgufFile, Json, Model, Rope
+from hga.cli.options import Configs, Device, Dtype, ExactPrompt, GgufFile, Json, Model, Rope
 from hga.cli.output import in_bytes, say
 from hga.models import SMOLLM2
 
@@ -42,6 +42,7 @@ def tasks(
     rules: Rules = "balanced",
     budget: Budgets = "1/32",
     config: Configs = None,
+    exact_prompt: ExactPrompt = False,
     tasks: Tasks = "all",
     examples: Examples = 8,
     seed: Seed = 0,
@@ -70,6 +71,7 @@ def generate(
     rules: Rules = "balanced",
     budget: Budgets = "1/32",
     config: Configs = None,
+    exact_prompt: ExactPrompt = False,
     new_tokens: NewTokens = 256,
     sample_tokens: SampleTokens = 0,
     seed: Seed = 0,
@@ -99,6 +101,7 @@ def run(
     rules: Rules = "contiguous,lean,balanced",
     budget: Budgets = "1/32",
     config: Configs = None,
+    exact_prompt: ExactPrompt = False,
     score: Annotated[
         str, typer.Option("--score", help="Positions that nll scores: half (the second) or all.")
     ] = "half",

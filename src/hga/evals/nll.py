@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from hga.config import TILE_TOKENS
 from hga.evals.baseline import Baseline, check_logits, divergence, logits_of, output_layer_inputs
-from hga.evals.rule import Rule, Rules, check_rules, held_bytes, open_rule, reset_counters
+from hga.evals.rule import Rule, Rules, check_rules, held_bytes, open_rule, read_prompt_exactly, reset_counters
 from hga.integrations.transformers.forward import forward_with_cache
 
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
@@ -142,15 +142,20 @@ def evaluate_nll(
     rules: Rules,
     *,
     score_from: int | None = None,
+    exact_prompt: bool = False,
     block_tokens: int = 1024,
     progress: Callable[[str, int], object] | None = None,
 ) -> Iterator[RuleScore]:
     """Score the tokens of `ids` (1, N) under each rule, teacher forcing, dense first.
 
-    score_from: the first position scored; by default the second half is. The document is fed in blocks of
-    `block_tokens`; the result does not depend on them. Counters cover the scored positions only. progress is called
-    with the rule and the number of tokens just read. ValueError as `score_rule`.
+    score_from: the first position scored; by default the second half is. exact_prompt: whether what lies before it is
+    read densely. The document is fed in blocks of `block_tokens`; the result does not depend on them. Counters cover
+    the scored positions only. progress is called with the rule and the number of tokens just read. ValueError as
+    `score_rule` and `read_prompt_exactly`.
     """
+    if exact_prompt:
+        first = ids.shape[1] // 2 if score_from is None else score_from
+        rules = {name: read_prompt_exactly(name, rule, first) for name, rule in rules.items()}
     check_rules(model, rules.values())
     baseline: Baseline | None = None
     for name in sorted(rules, key=lambda name: rules[name] is not None):

@@ -133,6 +133,19 @@ def resolve_rules(
     return rules
 
 
+def read_prompt_exactly(name: str, rule: Rule, tokens: int | None = None) -> Rule:
+    """The rule for what comes behind a prompt that is read densely, as hga reads prompts unless it is told otherwise.
+
+    tokens: of the prompt; by default all that comes in blocks of several tokens is one. ValueError for another
+    system's rule, which is simulated from the first token on.
+    """
+    if rule is None:
+        return None
+    if not isinstance(rule, HGAConfig):
+        raise ValueError(f"rule {name!r} is simulated and routes every token; leave --exact-prompt out, or the rule")
+    return rule.replace(prefill="exact") if tokens is None else rule.replace(dense_below=tokens)
+
+
 def _window_only(budget: int) -> HGAConfig:
     """Sink and the most recent tokens alone, in the same budget: what long-range attention is worth.
 

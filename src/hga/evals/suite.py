@@ -22,7 +22,7 @@ from hga.evals.exam import answer, end_tokens, make_example, material_of
 from hga.evals.material import Material
 from hga.evals.nll import first_tokens, score_rule
 from hga.evals.results import Results, Row
-from hga.evals.rule import Rule, check_rules, resolve_rules
+from hga.evals.rule import Rule, check_rules, read_prompt_exactly, resolve_rules
 from hga.evals.tasks import LEAST_CONSTANTS
 
 PARTS = ("nll", "tasks", "generate")
@@ -36,7 +36,8 @@ class Settings:
     lengths. rules: names beside "dense", which is always measured; own: JSON of configs by name. budgets: shares of
     the context such as "1/32", or None for each rule's own. score_all: all positions rather than the second half.
     tasks, examples: which, and how many of each a document and length. new_tokens: greedy ones; sample_tokens: drawn
-    ones, 0 for none; both end at the context length. seed: of tasks and samples.
+    ones, 0 for none; both end at the context length. seed: of tasks and samples. exact_prompt: whether what is neither
+    scored nor written is read densely under the rules too.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Settings:
     new_tokens: int
     sample_tokens: int
     seed: int
+    exact_prompt: bool = False
     version: str = __version__
 
     def json(self) -> dict[str, Any]:
@@ -119,7 +121,9 @@ def plan(settings: Settings, sources: set[str]) -> list[Unit]:
 def _plan_part(settings: Settings, part: str, tokens: int, sources: set[str]) -> Iterator[Unit]:
     for budget in settings.budgets:
         for name in settings.rules:
-            settings.rule(name, tokens, budget)
+            rule = settings.rule(name, tokens, budget)
+            if settings.exact_prompt:
+                read_prompt_exactly(name, rule)
     under = [("dense", None), *((name, budget) for budget in settings.budgets for name in settings.rules)]
     if part == "tasks":
         for example in range(settings.examples):
@@ -171,8 +175,10 @@ class Suite:
         """Make the row of a unit and keep it among the results. progress is called with the tokens just read."""
         makers = {"nll": self._nll, "task": self._task, "agreement": self._agreement, "drift": self._drift}
         rule = None if unit.rule == "dense" else self._settings.rule(unit.rule, unit.tokens, unit.budget)
+        if self._settings.exact_prompt:
+            rule = read_prompt_exactly(unit.rule, rule, self._scored_from(unit) if unit.kind == "nll" else None)
         made = makers[unit.kind](unit, rule, progress)
-        row = asdict(unit) | {"model": self._settings.model} | made
+        row = asdict(unit) | {"model": self._settings.model, "exact_prompt": self._settings.exact_prompt} | made
         row["budget_tokens"] = None if rule is None else rule.budget_tokens
         return self._results.append(row)
 
@@ -190,13 +196,15 @@ class Suite:
 
     def _nll(self, unit: Unit, rule: Rule, progress: Callable[[int], object] | None) -> dict[str, Any]:
         ids = self._ids(unit.document)[:, : unit.tokens]
-        first = 0 if self._settings.score_all else None
-        read = functools.partial(score_rule, self._model, ids, score_from=first, progress=progress)
+        read = functools.partial(score_rule, self._model, ids, score_from=self._scored_from(unit), progress=progress)
         baseline = None if rule is None else self._dense(unit, read)
         score, made = read(unit.rule, rule, baseline)
         if rule is None and made is not None:
             self._keep(unit, made)
         return score.row()
+
+    def _scored_from(self, unit: Unit) -> int:
+        return 0 if self._settings.score_all else unit.tokens // 2
 
     def _dense(self, unit: Unit, read: Callable[..., tuple[Any, Baseline | None]]) -> Baseline:
         """The dense reading that a rule is compared with: in memory, else in the folder, else made again."""

@@ -36,9 +36,15 @@ class TaskScore:
     of_dense: float | None
 
 
+def rule_name(row: Row) -> str:
+    """A rule, and whether its prompt was read densely; for dense that makes no difference."""
+    exact = row.get("exact_prompt") and row["rule"] != "dense"
+    return f"{row['rule']}, exact prompt" if exact else str(row["rule"])
+
+
 def label(row: Row) -> str:
     """A rule as a report names it: with its budget, where it is a share of the context."""
-    return f"{row['rule']} {row['budget']}" if row.get("budget") else str(row["rule"])
+    return f"{rule_name(row)} {row['budget']}" if row.get("budget") else rule_name(row)
 
 
 def grouped(rows: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
@@ -59,7 +65,7 @@ def task_scores(rows: Sequence[Row]) -> list[TaskScore]:
     scores: list[TaskScore] = []
     replies = of_kind(rows, "task")
     dense = {_example(row): float(row["score"]) for row in replies if row["rule"] == "dense"}
-    by_rule = grouped(replies, lambda row: (row["model"], row["tokens"], row["rule"], row["budget"]))
+    by_rule = grouped(replies, lambda row: (row["model"], row["tokens"], rule_name(row), row["budget"]))
     for (model, tokens, rule, budget), given in by_rule.items():
         tasks = grouped(given, lambda row: str(row["task"]))
         for task, part in (*tasks.items(), ("all", given)):
