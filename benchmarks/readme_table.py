@@ -107,7 +107,7 @@ def _spread(rows: list[dict[str, Any]], field: str) -> list[str]:
 
 
 def main() -> None:
-    rows = read_results("fidelity.jsonl")
+    rows = [row for row in read_results("fidelity.jsonl") if not row.get("exact_prompt")]
     for path, table in {_README: summary_table(rows), _DETAIL: document_table(rows)}.items():
         text = path.read_text()
         begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)

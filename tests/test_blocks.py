@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import rows
 import torch
@@ -46,10 +48,10 @@ def make_row(config: HGAConfig) -> Row:
 
 @pytest.mark.parametrize("serve", [True, False], ids=["kernels", "PyTorch"])
 def test_auto_is_exact_in_long_blocks(serve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [make_row(CONFIG.replace(prefill=prefill, dense_below=0)) for prefill in ("auto", "exact")]
+    changes = {"dense_below": 0, "block_tokens": 82}  # blocks of 41 are exact
+    rows = [make_row(CONFIG.replace(prefill=prefill, **changes)) for prefill in ("auto", "exact")]
     for module in (row, block):
         monkeypatch.setattr(module, "kernels_serve", lambda *args: serve)
-    monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 41)
     for tokens in (230, 41, 1):
         keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
         query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
@@ -58,11 +60,32 @@ def test_auto_is_exact_in_long_blocks(serve: bool, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(*(one.attend(query, Scoring(0.3)) for one in rows), rtol=0, atol=1e-5)
     assert rows[0]._counters.attended == pytest.approx(rows[1]._counters.attended)
     assert rows[0].chunks == rows[1].chunks > 0
-    monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 42)
     for one in rows:
-        one.append(keys.expand(-1, 41, -1), values.expand(-1, 41, -1))
-        one.attend(query.expand(-1, -1, 41, -1).contiguous(), Scoring(0.3))
+        one.append(keys.expand(-1, 40, -1), values.expand(-1, 40, -1))
+        one.attend(query.expand(-1, -1, 40, -1).contiguous(), Scoring(0.3))
     assert rows[0]._counters.attended < rows[1]._counters.attended  # a shorter block is routed
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_block_in_parts_reads_the_archive_once(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row, "kernels_serve", lambda *args: False)
+    monkeypatch.setattr(block, "kernels_serve", lambda *args: False)
+    outputs = []
+    for numbers in (1 << 22, HEADS * REPEATS * WIDTH * 9):
+        torch.manual_seed(0)
+        monkeypatch.setattr(block, "NUMBERS_AT_ONCE", numbers)
+        one = make_row(CONFIG.replace(prefill="exact", dense_below=0))
+        for tokens in (200, 61):
+            keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
+            query = 2 * torch.randn(HEADS, REPEATS, tokens, WIDTH, device=DEVICE)
+            one.append(keys, values)
+            held = list(one.archive.chunks) if one.chunks else []
+            if held:
+                monkeypatch.setattr(one.archive.store, "stage", Mock(wraps=one.archive.store.stage))
+            output = one.attend(query, Scoring(0.3, softcap))
+        assert [ids for call in one.archive.store.stage.call_args_list for ids in call.args[0]] == held != []
+        outputs.append(output)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,9 +7,9 @@ from test_cli import TEXT, refused, rows
 from tiny_model import byte_tokenizer, save_tiny_model, tiny_model
 from transformers import AutoTokenizer
 
-from hga.cache import row
 from hga.cli import main
 from hga.cli.context import encode_document
+from hga.config import HGAConfig
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}"
@@ -34,10 +34,10 @@ def document(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _read_alike(monkeypatch):
     """A short question behind a saved context is routed, which a prompt read at once is not: here both are."""
-    monkeypatch.setattr(row, "EXACT_BLOCK_TOKENS", 1 << 20)
+    monkeypatch.setattr(HGAConfig, "exact_block_tokens", 1 << 20)
 
 
 def run(capsys, *arguments) -> dict:
@@ -70,6 +70,7 @@ def test_save_info_verify(folder, document, tmp_path, capsys):
     assert "is intact" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_read_alike")
 def test_an_answer_needs_no_reading(folder, document, capsys):
     path = saved(capsys, folder, document)
     options = ("generate", "--model", folder, "--max-new-tokens", 20)
@@ -108,6 +109,7 @@ def test_an_answer_from_the_file_where_it_is(store, folder, document, tmp_path, 
     assert memory["cache"]["storage"] is None
 
 
+@pytest.mark.usefixtures("_read_alike")
 def test_a_question_in_a_chat(folder, document, tmp_path, capsys):
     path = saved(capsys, folder, document, "--system", "Be brief.")
     asked = run(capsys, "generate", "--model", folder, "--context", path, "--prompt", "Who?", "--max-new-tokens", 20)

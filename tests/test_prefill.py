@@ -106,6 +106,11 @@ def test_fused(dtype, repeats, tokens, first, width):
         output = fused.attend_all(query, keys[:, here], values[:, here], 0.3, onto=output)
     torch.testing.assert_close(output.value, whole.value, rtol=0, atol=1e-12)
     torch.testing.assert_close(output.logsumexp, whole.logsumexp, rtol=0, atol=1e-12)
+    apart = [x.mT.contiguous().mT for x in (query, keys, values)]  # numbers of a row are no neighbours
+    found = fused.attend_causal(*apart, first, 0.3)
+    torch.testing.assert_close(found, prefill.attend_causal(query, keys, values, first, 0.3), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="fused attention knows"):
+        fused.attend_all(query, keys, values, 0.3, 5.0)
 
 
 def test_refusals():

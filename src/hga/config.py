@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,15 +48,15 @@ class HGAConfig:
     summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
-        everything before it; "auto": so does a forward of 512 tokens or more, which is faster than routing them; a
-        shorter one only at positions below `4 * budget_tokens`.
+        everything before it; "auto": so does a forward of `exact_block_tokens` or more, 512 by default, which is faster
+        than routing them; a shorter one only at positions below `4 * budget_tokens`.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
     store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or
         "auto": host memory until the archive outgrows the RAM cache, then as "nvme".
     ram_cache_bytes: host memory of that cache, all layers together (at least a chunk a layer is taken); by default
         half of what is free when the first chunk closes.
-    block_tokens: a long prompt is fed to the model in blocks of this many tokens.
+    block_tokens: a long prompt is fed to the model in blocks of one size, of at most so many tokens.
     """
 
     chunk_size: int = 256
@@ -108,6 +109,15 @@ class HGAConfig:
     def dense_positions(self) -> int:
         """Queries at positions below this attend densely, whatever block they come in."""
         return max(self.dense_below, 4 * self.budget_tokens if self.prefill == "auto" else 0)
+
+    @property
+    def exact_block_tokens(self) -> int:
+        """A forward of so many tokens attends densely to everything before it.
+
+        With prefill="auto" 512: a shorter one (a turn behind a long context, speculation) is not worth streaming the
+        whole archive. Less where `block_tokens` would cut a long prompt into blocks below it.
+        """
+        return {"exact": 2, "auto": min(512, -(-self.block_tokens // 2)), "routed": sys.maxsize}[self.prefill]
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HGAConfig:

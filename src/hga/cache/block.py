@@ -26,12 +26,8 @@ def attend_exact_block(
     # A single token, which few programs would read everything for one after another, is left to PyTorch.
     if query.shape[2] > 1 and kernels_serve(config, query.dtype, query.device):
         output = _attend_by_kernels(query, near, place, archive, scoring)
-    elif query.device.type == "cpu" and scoring.softcap is None:
-        output = fused.attend_causal(query, *near, place, scoring.scale)
-        for keys, values in () if archive is None else archive.stream():
-            output = fused.attend_all(query, keys, values, scoring.scale, onto=output)
     else:
-        output = _attend_plainly(query, near, place, archive, scoring)
+        output = _attend_in_parts(query, near, place, archive, scoring)
     return add_sinks(output, scoring.sinks)
 
 
@@ -47,21 +43,26 @@ def _attend_by_kernels(
     return output
 
 
-def _attend_plainly(
+def _attend_in_parts(
     query: Tensor, near: tuple[Tensor, Tensor], place: int, archive: Archive | None, scoring: Scoring
 ) -> Output:
-    """In blocks of queries, so that logits stay bounded."""
-    heads, repeats, tokens, _ = query.shape
-    keys_at_once = near[0].shape[1] if archive is None else max(near[0].shape[1], archive.streamed_tokens)
-    size = max(1, NUMBERS_AT_ONCE // (heads * repeats * keys_at_once))
+    """In parts of the block, so that logits or copies of queries stay bounded; the archive is streamed once for all."""
+    heads, repeats, tokens, width = query.shape
+    longest = near[0].shape[1] if archive is None else max(near[0].shape[1], archive.streamed_tokens)
+    fuses = query.device.type == "cpu" and scoring.softcap is None
+    causal, whole = (fused.attend_causal, fused.attend_all) if fuses else (prefill.attend_causal, prefill.attend_all)
+    size = max(1, NUMBERS_AT_ONCE // (heads * repeats * (width if fuses else longest)))
+    parts = [(query[:, :, start : start + size], place + start) for start in range(0, tokens, size)]
+    scale, softcap = scoring.scale, scoring.softcap
     outputs = []
-    for start in range(0, tokens, size):
-        here = query[:, :, start : start + size]
-        output = prefill.attend_causal(here, *near, place + start, scoring.scale, scoring.softcap)
-        for keys, values in () if archive is None else archive.stream():
-            output = prefill.attend_all(here, keys, values, scoring.scale, scoring.softcap, onto=output)
-        outputs.append(output)
-    return Output(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True)))
+    for part, first in parts:
+        keys, values = (x[:, : first + part.shape[2]] for x in near)
+        outputs.append(causal(part, keys, values, first, scale, softcap))
+    for keys, values in () if archive is None else archive.stream():
+        outputs = [
+            whole(part, keys, values, scale, softcap, output) for (part, _), output in zip(parts, outputs, strict=True)
+        ]
+    return Output(*(torch.cat(found, 2) for found in zip(*outputs, strict=True)))
 
 
 def attend_routed_block(

@@ -21,12 +21,6 @@ from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.precision import Rows, compute_dtype
 from hga.ops.tiles import closed_chunks, pending_groups
 
-EXACT_BLOCK_TOKENS = 512
-"""With prefill="auto" a block of so many tokens is read exactly: that is faster than routing them, on a CPU up to
-64K tokens at least (benchmarks/cpu_prefill.py, gpu_prefill.py), and loses nothing. A shorter one is not worth streaming
-the whole archive.
-"""
-
 
 @dataclass
 class Counters:
@@ -177,14 +171,15 @@ class Row:
     def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
         """Attention output (Hkv, R, T, D) of the last T tokens' queries (Hkv, R, T, D).
 
-        Each query sees what lies before it and itself: densely up to `dense_positions` (and everywhere in an
-        exact prefill), routed from there, tile by tile.
+        Each query sees what lies before it and itself: densely up to `dense_positions`, and everywhere in a block of
+        `exact_block_tokens`; routed from there, tile by tile.
         """
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
         out = torch.empty_like(query)
-        exact = tokens >= {"exact": 2, "auto": EXACT_BLOCK_TOKENS, "routed": math.inf}[config.prefill]
-        routed_from = self.length if exact else min(max(first, config.dense_positions), self.length)
+        routed_from = min(max(first, config.dense_positions), self.length)
+        if tokens >= config.exact_block_tokens:
+            routed_from = self.length
         if first < routed_from:
             self._counters.add_dense(routed_from - first)
             here, near = slice(0, routed_from - first), self._near()

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from hga.evals.material import Material
 from hga.evals.rule import Rule, held_bytes, open_rule, reset_counters
 from hga.evals.tasks import TASKS, Example, candidates, grade
-from hga.integrations.transformers.forward import forward_with_cache
+from hga.integrations.transformers.forward import forward_with_cache, split_evenly
 
 _LEAST_FILLED = 0.95
 _BLOCK_TOKENS = 4096
@@ -85,7 +85,7 @@ def encode(tokenizer: Any, example: Example) -> Tensor:
 
 
 def answer(model: Any, tokenizer: Any, example: Example, rule: Rule) -> Answered:
-    """Read the prompt under a rule, routed from the first token on, and write the reply greedily."""
+    """Read the prompt under a rule, its last token as one that is written, and write the reply greedily."""
     started = time.perf_counter()
     ids = encode(tokenizer, example).to(model.device)
     with open_rule(model, rule) as cache:
@@ -99,10 +99,10 @@ def answer(model: Any, tokenizer: Any, example: Example, rule: Rule) -> Answered
 @torch.no_grad()
 def feed(model: Any, ids: Tensor, cache: DynamicCache, progress: Callable[[int], object] | None = None) -> None:
     """Read ids (1, T) into the cache, block by block. progress is called with the tokens just read."""
-    for block in ids.split(_BLOCK_TOKENS, 1):
-        forward_with_cache(model, block, cache)
+    for start, stop in split_evenly(0, ids.shape[1], _BLOCK_TOKENS):
+        forward_with_cache(model, ids[:, start:stop], cache)
         if progress is not None:
-            progress(block.shape[1])
+            progress(stop - start)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

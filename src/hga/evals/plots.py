@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hga.evals.results import Row
-from hga.evals.summary import grouped, label, mean_gap
+from hga.evals.summary import grouped, label, mean_gap, rule_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def plot_models(name: str, rows: list[Row], draw: Callable[[Axes, list[Row]], No
 
 def draw_budget(axes: Axes, rows: list[Row]) -> None:
     """Gap over the share attended: a line a rule and context length."""
-    for (rule, tokens), part in grouped(rows, lambda row: (str(row["rule"]), int(row["tokens"]))).items():
+    for (rule, tokens), part in grouped(rows, lambda row: (rule_name(row), int(row["tokens"]))).items():
         points = []
         for same in grouped(part, lambda row: row["budget"]).values():
             attended = sum(float(row["attended"]) for row in same) / len(same)

@@ -16,9 +16,9 @@ from hga.serving.text import TextStream
 
 RESERVED_TOKENS = 1024
 """Of an answer, for which room is asked before its prompt is read: most end long before they may."""
-CPU_BLOCK_TOKENS = 1024
-"""A prompt's tokens between two looks at who else waits. Blocks of a longer prompt have more than half of them, enough
-to be read exactly (`HGAConfig.prefill`), as `generate` reads it.
+CPU_BLOCK_TOKENS = 512
+"""A prompt's tokens between two looks at who else waits, on a CPU: up to twice as many, so that no block is shorter and
+read otherwise (`HGAConfig.prefill`); larger ones are hardly faster.
 """
 
 
@@ -54,8 +54,12 @@ class Answer:
         self._text = TextStream(tokenizer, request.stop)
         self._ends = end_tokens(model)
         config = cache.hga_config
-        most = config.block_tokens if model.device.type == "cuda" else min(config.block_tokens, CPU_BLOCK_TOKENS)
-        self._stops = [stop for _, stop in split_evenly(self.fed_tokens, len(request.prompt_ids), most)]
+        # The last token is read alone, as it is when the same prompt comes again: then the answer is the same.
+        last = len(request.prompt_ids) - (config.prefill == "auto")
+        count, most = last - self.fed_tokens, config.block_tokens
+        if model.device.type != "cuda":
+            most = min(most, max(1, -(-count // max(1, count // CPU_BLOCK_TOKENS))))
+        self._stops = [stop for _, stop in split_evenly(self.fed_tokens, last, most)]
         cache.reset_counters()
         wanted = len(request.prompt_ids) - self.fed_tokens + min(request.max_tokens, RESERVED_TOKENS)
         cache.check_room(wanted, dtype=model.dtype)
