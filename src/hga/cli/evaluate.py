@@ -67,9 +67,8 @@ def nll(
     """Score the second half of a document under each rule: one row a rule, with the distance from dense attention.
 
     Every token is scored under teacher forcing through the real cache, routed from the first token on unless
-    --exact-prompt is given. gap: nats a
-    token above dense; KL: of what each would write next, dense || rule; top-1: how often the likeliest token is the
-    same. JSON rows have the losses by position too.
+    --exact-prompt is given. gap: nats a token above dense; KL: of what each would write next, dense || rule; top-1: how
+    often the likeliest token is the same. JSON rows have the losses by position too.
 
     Example: hga eval nll --document book.txt --tokens 8192 --rules dense,paper,balanced --budget 1/6
     """
@@ -99,16 +98,8 @@ def nll(
         ):
             scores.append(made)
             if json:
-                emit(
-                    {
-                        "kind": "nll",
-                        "model": model,
-                        "document": document.name,
-                        "budget": budget,
-                        "exact_prompt": exact_prompt,
-                    }
-                    | made.row()
-                )
+                about = {"kind": "nll", "model": model, "document": document.name, "budget": budget}
+                emit(about | {"exact_prompt": exact_prompt} | made.row())
     if not json:
         _show(document.name, tokens, scores)
 
