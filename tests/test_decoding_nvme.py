@@ -212,7 +212,7 @@ def test_a_step_whose_read_fails_is_taken_back_and_the_next_one_is_right() -> No
         with pytest.raises(OSError, match="Input/output error"):
             attend(one, *token)
         one._decoding.active = False
-        one.take_back_token()
+        one.abandon_token()
     broken.clear()
     assert torch.equal(attend(one, *token), attend(pair.ram, *token))
     pair.feed(1, 1)

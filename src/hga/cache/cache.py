@@ -172,12 +172,19 @@ class HGACache(DynamicCache):
 
     def can_begin_token(self) -> bool:
         """Whether kernels serve the next token in every layer of this cache."""
+        if self._is_ahead():
+            return True
         routed = self.routed
-        return len(routed) == len(self.layers) and all(layer.can_begin_token() for layer in routed)
+        if len(routed) != len(self.layers) or self._handshake.awaiting is not None:
+            return False
+        # Layers that disagree were left so by a forward that was interrupted: a forward of all layers says so.
+        return len({layer.get_seq_length() for layer in routed}) == 1 and all(
+            layer.can_begin_token() for layer in routed
+        )
 
     def can_capture_token(self) -> bool:
         """Whether the next token's step can be captured: no host reads a disk in the middle of it."""
-        return all(layer.can_capture_token() for layer in self.routed)
+        return self._is_ahead() or all(layer.can_capture_token() for layer in self.routed)
 
     def has_padding(self, padding: Any) -> bool:
         """Whether a mask (B, tokens so far + 1) pads the next token of some row. ValueError if it does not fit."""
@@ -187,23 +194,39 @@ class HGACache(DynamicCache):
     def begin_token(self) -> Iterator[None]:
         """A step of one token a row: the host's bookkeeping comes first, inside only kernels are launched.
 
-        What goes wrong inside is taken back: the cache is as before the step.
+        What goes wrong inside is taken back: the cache is as before the step. Behind it, while the device is busy, comes
+        the bookkeeping of the next step where that is the same again: a host needs a millisecond for 48 layers.
         """
-        begun: list[HGALayer] = []
+        routed = self.routed
         try:
-            for layer in self.routed:
-                layer.begin_token(layer.get_seq_length() + 1)
-                begun.append(layer)
+            if self._is_ahead():
+                self.decoding.check_known_faults()
+            else:
+                for layer in routed:
+                    layer.begin_token(layer.get_seq_length() + 1)
             self.decoding.active = True
             yield
         except BaseException:
-            for layer in begun:
-                layer.take_back_token()
+            self.decoding.ahead_of = None
+            for layer in routed:
+                layer.abandon_token()
             raise
         finally:
             self.decoding.active = False
-        for layer in begun:
+        for layer in routed:
             layer.end_token()
+        self._work_ahead(routed)
+
+    def _work_ahead(self, routed: list[HGALayer]) -> None:
+        """Do the next step's bookkeeping: layers are alike, so one tells for all whether there is more than counts."""
+        self.decoding.ahead_of = None
+        one_device = len({layer.device for layer in routed}) == 1
+        if one_device and self.can_capture_token() and routed[0].begin_next_token():
+            self.decoding.ahead_of = self.get_seq_length() + 1
+
+    def _is_ahead(self) -> bool:
+        """Whether the next step's bookkeeping is done, and nothing has changed since."""
+        return self.decoding.ahead_of == self.get_seq_length() + 1
 
     def fork(self) -> HGACache:
         """An independent cache of the same tokens: another question about one document, without reading it again.

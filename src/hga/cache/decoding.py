@@ -41,17 +41,19 @@ class Decoding:
     """What the routed layers of one cache share while they decode: counts and scratch, by device.
 
     active: a step is under way whose bookkeeping the cache has done; layers only launch kernels then.
+    ahead_of: the step whose bookkeeping was done while the device ran the one before; None as soon as anything changes.
     generation: grows when a buffer moves, which makes captured graphs stale.
     """
 
     active: bool = False
+    ahead_of: int | None = None
     generation: int = 0
     _shared: dict[torch.device, _Shared] = field(default_factory=dict)
 
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
-        """Tell the device what is in use, unless another layer has told it already. ValueError for bad K/V."""
+        """Tell the device what the next token finds, unless another layer has told it already. ValueError for bad K/V."""
         shared = self._on(device, len(rows))
-        numbers = tuple([(*row.in_use(), step, 0) for row in rows])
+        numbers = tuple([(near + 1, chunks, step, 0) for near, chunks in (row.in_use() for row in rows)])
         if numbers == shared.published:
             return
         self.check_faults(device)
@@ -75,12 +77,17 @@ class Decoding:
                 "since is not to be trusted. Check the weights and the dtype, then call cache.reset()"
             )
 
+    def check_known_faults(self) -> None:
+        """`check_faults` of every device, whatever is still running there."""
+        for device in self._shared:
+            self.check_faults(device)
+
     def check_all_faults(self) -> None:
         """`check_faults` of every device, when all steps so far are done there."""
         for device in self._shared:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            self.check_faults(device)
+        self.check_known_faults()
 
     def counts(self, device: torch.device) -> Tensor:
         """The counts (B, 4) that kernels read."""
@@ -116,7 +123,7 @@ class Decoding:
     def reset(self) -> None:
         """Give everything back."""
         self._shared.clear()
-        self.active = False
+        self.active, self.ahead_of = False, None
         self.generation += 1
 
     def _on(self, device: torch.device, batch: int) -> _Shared:

@@ -97,6 +97,7 @@ class HGALayer(CacheLayerMixin):
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
         opening = self._opening()
         self.rows = [Row(self.hga_config, opening, self.counters, frequencies) for _ in range(key_states.shape[0])]
+        self._decoding.ahead_of = None
         self.is_initialized = True
 
     def _opening(self) -> OpenStore:
@@ -110,6 +111,7 @@ class HGALayer(CacheLayerMixin):
 
     def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
         """Be a layer of one row, of which the store holds `chunks`; see `Row.restore`. `lazy_initialization` first."""
+        self._decoding.ahead_of = None
         self.rows[0].restore(keys, values, chunks, summaries)
         self._seen = self.rows[0].length
 
@@ -141,6 +143,7 @@ class HGALayer(CacheLayerMixin):
         self._check(key_states, value_states)
         self._new = (key_states.detach(), value_states.detach())
         if not self._decoding.active:
+            self._decoding.ahead_of = None
             self._seen += key_states.shape[2]
             self._check_step()
         self._handshake.awaiting = self
@@ -167,7 +170,7 @@ class HGALayer(CacheLayerMixin):
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
         self._stores, self._decoder = [], None
-        self._handshake.awaiting = None
+        self._handshake.awaiting, self._decoding.ahead_of = None, None
         self.counters.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -177,6 +180,7 @@ class HGALayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({-removed}): give the number of tokens to remove as a negative number, e.g. crop({removed})"
             )
+        self._decoding.ahead_of = None
         for row in self.rows:
             row.crop(row.length - removed)
         if self._stores and not any(row.chunks for row in self.rows):
@@ -274,20 +278,14 @@ class HGALayer(CacheLayerMixin):
     def begin_token(self, step: int) -> None:
         """Do a token's bookkeeping on the host, so that `attend` only launches kernels. step: a growing number.
 
-        `can_begin_token` comes first. After an error the rows are as before.
+        `can_begin_token` comes first. The rows count the token when it ends.
         """
-        begun: list[Row] = []
-        try:
-            for row in self.rows:
-                row.begin_token()
-                begun.append(row)
-            if self._decoder is None:
-                self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
-            self._decoder.prepare(self.rows, step)
-        except BaseException:
-            for row in begun:
-                row.take_back_token()
-            raise
+        self._decoding.ahead_of = None
+        for row in self.rows:
+            row.make_room_for_token()
+        if self._decoder is None:
+            self._decoder = LayerDecoder(self.hga_config, self._decoding, self.shape.query_heads)
+        self._decoder.prepare(self.rows, step)
 
     def end_token(self) -> None:
         """The step that `begin_token` began is done, or under way on the device."""
@@ -298,11 +296,16 @@ class HGALayer(CacheLayerMixin):
         for row in self.rows:
             row.end_token()
 
-    def take_back_token(self) -> None:
+    def begin_next_token(self) -> bool:
+        """Tell the device, which is still busy, of the token after the last one, where nothing else is due before it."""
+        if any(row.is_due() for row in self.rows):
+            return False
+        self._decoding.publish(self.rows, self._seen + 1, self.device)
+        return True
+
+    def abandon_token(self) -> None:
         """The step that `begin_token` began has failed."""
         self._new, self._handshake.awaiting = None, None
-        for row in self.rows:
-            row.take_back_token()
         if self._decoder is not None:
             self._decoder.forget()  # the slots of this step's groups look in use; another token may come instead
 
@@ -399,7 +402,7 @@ class HGALayer(CacheLayerMixin):
         for index, row in enumerate(self.rows):
             if index not in taken:
                 row.release()
-        self.rows, self._decoder = rows, None
+        self.rows, self._decoder, self._decoding.ahead_of = rows, None, None
 
     def _check_step(self) -> None:
         """RuntimeError if the cache's layers have not seen the same tokens: a forward ended in the middle."""

@@ -125,8 +125,12 @@ class Row:
         self._close(closed_chunks(self._config, self.length))
         return self.chunks > 0
 
-    def begin_token(self) -> None:
-        """Count one more token, whose K/V a kernel writes to the end of `near`. `close_due` comes first."""
+    def is_due(self) -> bool:
+        """Whether a chunk closes before the next token."""
+        return closed_chunks(self._config, self.length) > self.chunks
+
+    def make_room_for_token(self) -> None:
+        """Have room for one more token, whose K/V a kernel writes to the end of `near`. `close_due` comes first."""
         config = self._config
         room = config.sink_tokens + config.window_tokens + config.chunk_size + TILE_TOKENS
         if self._keys.shape[1] != room:
@@ -135,15 +139,11 @@ class Row:
             for buffer, held in zip(moved, self._near(), strict=True):
                 buffer[:, : self.near_length] = held
             self._keys, self._values = moved
-        self.length += 1
 
     def end_token(self) -> None:
-        """Count what the begun token attended to. What a union of R choices fetches is counted by the kernels."""
+        """Count a token and what it attended to. What a union of R choices fetches is counted by the kernels."""
+        self.length += 1
         self._count(self.length - 1, 1, self.chunks, None, 0)
-
-    def take_back_token(self) -> None:
-        """Undo `begin_token`: the step failed."""
-        self.length -= 1
 
     def in_use(self) -> tuple[int, int]:
         """Tokens in `near` and closed chunks."""
