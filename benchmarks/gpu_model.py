@@ -58,20 +58,21 @@ def attend_all(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any
 
 
 class Drifting:
-    """The attention function "hga" with queries of single tokens that drift from one to the next, as real ones do."""
+    """An attention function with queries of single tokens that drift from one to the next, as real ones do."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, attend: Callable[..., Any], share: float) -> None:
+        self._attend = attend
         self.share = share
         self.held: dict[int, Tensor] = {}
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """See `hga_attention`."""
         if query.shape[2] == 1 and self.share < 1:
             if module.layer_idx not in self.held:
                 self.held[module.layer_idx] = query.clone()
             query = self.held[module.layer_idx].lerp_(query, self.share)
             kwargs["scaling"] *= ((2 - self.share) / self.share) ** 0.5  # a mean of independent queries is shorter
-        return hga_attention(module, query, key, value, mask, **kwargs)
+        return self._attend(module, query, key, value, mask, **kwargs)
 
 
 def make_empty_model(name: str, device: str) -> Any:
@@ -265,8 +266,8 @@ def main() -> None:
     )
     parser.add_argument("--beside-gib", type=float, default=2.5, help="that cap: GPU memory beside the weights")
     options = parser.parse_args()
-    AttentionInterface.register("attend_all", attend_all)
-    AttentionInterface.register("hga", Drifting(options.drift).attend)
+    AttentionInterface.register("attend_all", Drifting(attend_all, options.drift))  # the same queries for both
+    AttentionInterface.register("hga", Drifting(hga_attention, options.drift))
     AttentionMaskInterface.register("attend_all", lambda *args, **kwargs: None)
     machine = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
     model = make_model(options.model)

@@ -223,6 +223,39 @@ TINY = LlamaConfig(
 
 
 @torch.no_grad()
+def test_mixed_layers_choose_as_their_own_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last third of the layers per head, by kernels as by PyTorch, in forks and in saved contexts."""
+    monkeypatch.setattr(step, "_can_capture", lambda model: False)
+    config = CONFIGS["two levels"].replace(selection="mixed")
+    model = LlamaForCausalLM(
+        LlamaConfig(**TINY.to_dict() | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2})
+    )
+    model.to(DEVICE).eval()
+    ids = torch.randint(1, 64, (1, 130), device=DEVICE)
+    logits = []
+    with hga.enabled(model, config):
+        cache = hga.HGACache(model.config, config)
+        model(ids[:, :120], past_key_values=cache)
+        assert [one.hga_config.selection for one in cache.routed] == ["shared", "shared", "per_head"]
+        saved = cache.save(tmp_path / "context.hga", model, ids[0, :120])
+        loaded = hga.HGACache.load(saved.path, model, store="ram")
+        for by_kernels in (True, False):
+            monkeypatch.setattr(layer, "kernels_serve", lambda *args, by_kernels=by_kernels: by_kernels)
+            for one in (cache.fork(), loaded.fork()):
+                assert [each.hga_config.selection for each in one.routed] == ["shared", "shared", "per_head"]
+                logits.append([model(ids[:, at : at + 1], past_key_values=one).logits for at in (120, 121)])
+                assert (one.stepper is not None) == by_kernels
+    for other in logits[1:]:
+        for one, expected in zip(other, logits[0], strict=True):
+            torch.testing.assert_close(one, expected, rtol=0, atol=3e-6)
+    for name in ("shared", "per_head"):  # the rule makes a difference here
+        with hga.enabled(model, config.replace(selection=name)):
+            other = hga.HGACache(model.config, config.replace(selection=name))
+            model(ids[:, :120], past_key_values=other)
+            assert (model(ids[:, 120:121], past_key_values=other).logits - logits[0][0]).abs().max() > 1e-5
+
+
+@torch.no_grad()
 def test_bookkeeping_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step prepared while the last one ran equals one prepared anew, whatever was done to the cache in between."""
     monkeypatch.setattr(layer, "kernels_serve", serve)

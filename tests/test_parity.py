@@ -287,6 +287,7 @@ def test_variants_are_dense_too(name: str, scenario: str) -> None:
     "changes",
     [
         {"selection": "per_head"},
+        {"selection": "mixed"},
         {"far_field": False},
         {"overselection": "all", "node_size": 4, "coded": False},
         {"ordering": "position", "summary": "mixed_rope", "coded": False},
@@ -460,7 +461,7 @@ def test_a_padded_row_equals_the_row_alone(name: str) -> None:
     assert (changed > 1e6 * TOLERANCE).all(), "the budget changed nothing"
 
 
-@pytest.mark.parametrize("selection", ["shared", "per_head"])
+@pytest.mark.parametrize("selection", ["shared", "per_head", "mixed"])
 def test_a_padded_row_equals_the_row_alone_at_a_32nd(selection: str) -> None:
     model, pads = families.shared("llama"), [0, 101]
     ids, mask = left_padded(pads, 1124)

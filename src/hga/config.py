@@ -14,7 +14,7 @@ TILE_TOKENS = 64
 _CHOICES: dict[str, tuple[str, ...]] = {
     "ordering": ("content", "position"),
     "summary": ("mean", "mixed_rope"),
-    "selection": ("shared", "per_head"),
+    "selection": ("shared", "per_head", "mixed"),
     "summary_dtype": ("auto", "model", "float32", "bfloat16", "float16", "fp8"),
     "kv_dtype": ("model", "int8", "fp8"),
     "prefill": ("auto", "exact", "routed"),
@@ -44,7 +44,8 @@ class HGAConfig:
     ordering: how a closing chunk's tokens form groups: by "content" or by "position".
     summary: "mean" of the stored keys, or the paper's "mixed_rope" mean (by position only).
     far_field: whether unopened tokens take part through their summaries (the paper: no).
-    selection: the R query heads of a KV head share one choice, or each makes its own ("per_head").
+    selection: the R query heads of a KV head share one choice ("shared"), or each makes its own ("per_head"), or they
+        share it but in the last third of the model's layers ("mixed"): these need it most (docs/fidelity.md).
     summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
@@ -70,7 +71,7 @@ class HGAConfig:
     ordering: Literal["content", "position"] = "content"
     summary: Literal["mean", "mixed_rope"] = "mean"
     far_field: bool = True
-    selection: Literal["shared", "per_head"] = "shared"
+    selection: Literal["shared", "per_head", "mixed"] = "shared"
     summary_dtype: Literal["auto", "model", "float32", "bfloat16", "float16", "fp8"] = "auto"
     kv_dtype: Literal["model", "int8", "fp8"] = "model"
     prefill: Literal["auto", "exact", "routed"] = "auto"
@@ -104,6 +105,18 @@ class HGAConfig:
             raise ValueError("candidate_nodes exists only with a numeric overselection; this config scores all")
         wanted = self.overselection * max(1, self.routed_groups) * self.group_size
         return max(1, -(-wanted // self.node_size))
+
+    def of_layer(self, index: int, layers: int) -> HGAConfig:
+        """The config of one of a model's `layers`: as this one, its selection never "mixed"."""
+        if self.selection != "mixed":
+            return self
+        return self.replace(selection="per_head" if index >= layers - round(layers / 3) else "shared")
+
+    def selectors(self, repeats: int) -> int:
+        """Choices that the `repeats` query heads of a KV head make. ValueError for "mixed", which differs by layer."""
+        if self.selection == "mixed":
+            raise ValueError("selection='mixed' is a model's rule, not a layer's; take HGAConfig.of_layer first")
+        return repeats if self.selection == "per_head" else 1
 
     @property
     def dense_positions(self) -> int:
@@ -245,6 +258,7 @@ class HGAConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
+    "mixed": {"selection": "mixed"},
     "fidelity": {"selection": "per_head", "budget_tokens": 4096, "overselection": 16},
     "lean": {"group_size": 4, "node_size": 32},
     "paper": {

@@ -262,13 +262,13 @@ class _Needs:
     def working(self, context: int) -> int:
         """The larger of what a prefill and what decoding need: one layer's archive, staged, or all layers' slots."""
         archived = self.archived(context)
-        return max(archived * self.row_bytes, len(self.routed) * self.slots(archived))
+        return max(archived * self.row_bytes, sum(self.slots(index, archived) for index in self.routed))
 
-    def slots(self, archived: int) -> int:
-        """Groups that one layer caches beside the model while it decodes, and the tables that say where they are."""
-        config = self.config
+    def slots(self, layer: int, archived: int) -> int:
+        """Groups that a layer caches beside the model while it decodes, and the tables that say where they are."""
+        config = self.config.of_layer(layer, self.decoder.num_hidden_layers)
         repeats = self.decoder.num_attention_heads // self.decoder.num_key_value_heads
-        choices = repeats if config.selection == "per_head" else 2
+        choices = max(2, config.selectors(repeats))
         groups = archived // config.group_size
         cached = min(groups, choices * config.routed_groups)
         tables = 4 * self.decoder.num_key_value_heads * (groups + 5 * cached)

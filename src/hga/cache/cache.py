@@ -194,8 +194,8 @@ class HGACache(DynamicCache):
     def begin_token(self) -> Iterator[None]:
         """A step of one token a row: the host's bookkeeping comes first, inside only kernels are launched.
 
-        What goes wrong inside is taken back: the cache is as before the step. Behind it, while the device is busy, comes
-        the bookkeeping of the next step where that is the same again: a host needs a millisecond for 48 layers.
+        What goes wrong inside is taken back: the cache is as before the step. Behind it, while the device is busy,
+        comes the next step's bookkeeping where that is the same again: a host needs a millisecond for 48 layers.
         """
         routed = self.routed
         try:
@@ -391,7 +391,8 @@ class HGACache(DynamicCache):
                 model_config=decoder,
                 routed_layers=len(routed),
             )
-            self.layers[index] = HGALayer(self.hga_config, index, shape, self._handshake, self.decoding)
+            of_layer = self.hga_config.of_layer(index, len(self.layers))
+            self.layers[index] = HGALayer(of_layer, index, shape, self._handshake, self.decoding)
 
 
 def _unrouted_bytes(layer: Any) -> int:

@@ -32,7 +32,7 @@ class _Shared:
     published: tuple[tuple[int, ...], ...] = ()
     copies: int = 0
     copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
-    scratches: dict[tuple[int, int, int, int], Scratch] = field(default_factory=dict)
+    scratches: dict[tuple[int, ...], Scratch] = field(default_factory=dict)
     brought: HostBlock | None = None
 
 
@@ -51,7 +51,7 @@ class Decoding:
     _shared: dict[torch.device, _Shared] = field(default_factory=dict)
 
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
-        """Tell the device what the next token finds, unless another layer has told it already. ValueError for bad K/V."""
+        """Tell the device what the next token finds, unless another layer has already. ValueError for bad K/V."""
         shared = self._on(device, len(rows))
         numbers = tuple([(near + 1, chunks, step, 0) for near, chunks in (row.in_use() for row in rows)])
         if numbers == shared.published:
@@ -100,11 +100,11 @@ class Decoding:
     def scratch(
         self, config: HGAConfig, shape: tuple[int, int, int, int], chunks: int, device: torch.device
     ) -> Scratch:
-        """Scratch for rows of up to `chunks` chunks; shape: B, Hkv, R, D. Layers of one shape share it."""
-        scratches = self._shared[device].scratches
-        held = scratches.get(shape)
+        """Scratch for rows of up to `chunks` chunks; shape: B, Hkv, R, D. Layers that choose alike share it."""
+        scratches, key = self._shared[device].scratches, (*shape, config.selectors(shape[2]))
+        held = scratches.get(key)
         if held is None or held.chunk_capacity < chunks:
-            held = scratches[shape] = Scratch.allocate(config, *shape, chunks, device)
+            held = scratches[key] = Scratch.allocate(config, *shape, chunks, device)
         return held
 
     def room_for_groups(self, size_bytes: int, device: torch.device) -> HostBlock:

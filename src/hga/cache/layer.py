@@ -297,7 +297,7 @@ class HGALayer(CacheLayerMixin):
             row.end_token()
 
     def begin_next_token(self) -> bool:
-        """Tell the device, which is still busy, of the token after the last one, where nothing else is due before it."""
+        """Tell the device, which is still busy, of the token after the last, where nothing else is due before it."""
         if any(row.is_due() for row in self.rows):
             return False
         self._decoding.publish(self.rows, self._seen + 1, self.device)

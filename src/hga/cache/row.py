@@ -188,7 +188,7 @@ class Row:
         if routed_from < self.length:
             query, routed = query[:, :, routed_from - self.length :], out[:, :, routed_from - self.length :]
             by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
-            if by_kernels and config.selection == "shared":
+            if by_kernels and config.selectors(query.shape[1]) == 1:
                 routed[:] = self._attend_block(query, routed_from, scoring)
             else:
                 self._attend_by_tiles(query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)

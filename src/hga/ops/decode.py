@@ -136,7 +136,7 @@ class Scratch:
     ) -> Scratch:
         """Scratch for contexts of up to `chunks` closed chunks a row."""
         lines = batch * kv_heads * repeats
-        selectors = batch * kv_heads * (repeats if config.selection == "per_head" else 1)
+        selectors = batch * kv_heads * config.selectors(repeats)
         programs = _PROGRAMS if device.type == "cuda" else 8  # the interpreter runs one after another
         if chunks * config.chunk_size // config.node_size > _MANY_UNITS:
             programs *= 2
@@ -196,7 +196,7 @@ class SlotCache:
         like: a tensor (..., D) of the K/V's type and device.
         """
         groups = chunks * config.chunk_size // config.group_size
-        wanted = config.routed_groups * (repeats if config.selection == "per_head" else 2)
+        wanted = config.routed_groups * max(2, config.selectors(repeats))
         slots = max(1, min(wanted, groups))
 
         def ints(*shape: int) -> Tensor:

@@ -37,8 +37,10 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     scores: (H, R, M, K), -inf where a query may not choose. With selection "shared" the R query heads of a KV
     head add their masses and make one choice; with "per_head" each makes its own.
     Returns bool (H, R', M, K), R' = 1 or R. Never marks a candidate that is -inf; marks all that are
-    finite when there are at most `keep`, which is what makes a full budget dense.
+    finite when there are at most `keep`, which is what makes a full budget dense. ValueError for another selection.
     """
+    if selection not in ("shared", "per_head"):
+        raise ValueError(f"selection={selection!r} must be shared or per_head; take HGAConfig.of_layer of a mixed one")
     allowed = (scores[:, :1] if selection == "shared" else scores) > NEVER
     if keep >= scores.shape[-1]:
         return allowed

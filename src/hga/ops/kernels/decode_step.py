@@ -38,7 +38,7 @@ class Step:
         self.kv_heads = layer.near_keys.shape[1]
         self.problems = batch * self.kv_heads
         repeats = self.heads // self.kv_heads
-        self.selectors_each = repeats if config.selection == "per_head" else 1
+        self.selectors_each = config.selectors(repeats)
         self.selectors = self.problems * self.selectors_each
         self.wide = padded_width(self.width)
         self.group_bytes = 2 * config.group_size * self.width * layer.near_keys.element_size()

@@ -53,7 +53,7 @@ def cut_strips(config: HGAConfig, query: Tensor, first: int, closed_before: int,
     """Strips of as many positions as fill a tile's rows with their heads. scoring: `scale` and SOFTCAP."""
     kv_heads, repeats, tokens, width = query.shape
     launch = choose_launch(width, query.dtype, query.device)
-    shared = config.selection == "shared"
+    shared = config.selectors(repeats) == 1
     padded = 1 << (repeats - 1).bit_length() if shared else 1
     queries = min(TILE_TOKENS, launch.rows // padded)
     if not queries:
