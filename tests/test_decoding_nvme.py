@@ -325,7 +325,7 @@ def read_and_decode(model: Any, config: HGAConfig, ids: Tensor, steps: int) -> t
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean"])
+@pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_200_steps_on_a_gpu_have_the_bits_of_ram(

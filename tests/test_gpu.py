@@ -55,7 +55,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "kernels_serve", lambda *args: False)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean"])
+@pytest.mark.parametrize("preset", ["balanced", "fidelity", "lean", "mixed"])
 @pytest.mark.parametrize("store", ["ram", "device"])
 def test_kernels_and_graphs_give_the_same_tokens(preset: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(torch.float32)
