@@ -134,7 +134,7 @@ def test_paper_needs_a_routed_group(budget: int) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="preset='blanced' is unknown; choose one of balanced, mixed, fidelity, lean, paper"):
+    with pytest.raises(ValueError, match="preset='blanced' is unknown; choose one of balanced, mixed, fidelity, lean"):
         HGAConfig.preset("blanced")
 
 

@@ -175,6 +175,7 @@ STEPS = {  # config, type
     "float16": (CONFIGS["balanced"], torch.float16),
     "two levels, bfloat16": (CONFIGS["two levels"], torch.bfloat16),
     "coded, groups of 2": (CONFIGS["coded"], torch.float32),
+    "coded, float16": (CONFIGS["coded"], torch.float16),
     "groups of 16": (CONFIGS["by position"], torch.float32),
     "odd groups": (BASE.replace(chunk_size=24, group_size=3, node_size=3), torch.float32),
     "all hit": (CONFIGS["everything routed"], torch.float32),
