@@ -35,7 +35,7 @@ def _load_quarter(query, r, b, factor, width, quarter: tl.constexpr, ROWS: tl.co
 @triton.jit
 def _widen_levels(codes, quarter: tl.constexpr, DTYPE: tl.constexpr):
     """Levels -1.5 to 1.5 of bytes; in float16 by bits, of 16 and the level: cards convert integers slowly."""
-    if tl.float16 == DTYPE:
+    if DTYPE.primitive_bitwidth == 16:
         bits = ((codes.to(tl.int16) << 6 >> (2 * quarter)) & (3 << 6)) | 0x4C00
         return bits.to(tl.float16, bitcast=True) - tl.full((), 17.5, tl.float16)
     return ((codes >> (2 * quarter)) & 3).to(DTYPE) - 1.5
