@@ -73,6 +73,8 @@ class HGACache(DynamicCache):
     """What the integration keeps between decode steps: a captured graph."""
     loaded_ids: tuple[int, ...] = ()
     """Ids of the tokens that a loaded cache began with, without those that it has forgotten since."""
+    _checked_config: Any
+    """The model's config that `check_model` has seen last."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -153,7 +155,9 @@ class HGACache(DynamicCache):
 
     def check_model(self, config: Any) -> None:
         """ValueError if `config` is of another model than the one that this cache was built for."""
-        self.routed[0].check_model(config.get_text_config(decoder=True))
+        if config is not self._checked_config:  # asked at every step, and `get_text_config` takes its time
+            self.routed[0].check_model(config.get_text_config(decoder=True))
+            self._checked_config = config
 
     def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:
         """Whether `tokens` more can be read, a prompt's and those that will be generated after it.
@@ -376,6 +380,7 @@ class HGACache(DynamicCache):
         self.hga_config = HGAConfig.preset(hga_config) if isinstance(hga_config, str) else hga_config
         limit = position_limit(decoder)
         self._handshake = Handshake()
+        self._checked_config = None
         self.decoding = Decoding()
         self.stepper = None
         head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads

@@ -33,15 +33,6 @@ def _load_quarter(query, r, b, factor, width, quarter: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _widen_levels(codes, quarter: tl.constexpr, DTYPE: tl.constexpr):
-    """Levels -1.5 to 1.5 of bytes; in float16 by bits, of 16 and the level: cards convert integers slowly."""
-    if DTYPE.primitive_bitwidth == 16:
-        bits = ((codes.to(tl.int16) << 6 >> (2 * quarter)) & (3 << 6)) | 0x4C00
-        return bits.to(tl.float16, bitcast=True) - tl.full((), 17.5, tl.float16)
-    return ((codes >> (2 * quarter)) & 3).to(DTYPE) - 1.5
-
-
-@triton.jit
 def _add_quarter(
     total,
     query,
@@ -64,7 +55,7 @@ def _add_quarter(
         channel = widen_e4m3(bits).to(DTYPE)
     else:
         channel = bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    levels = _widen_levels(codes, quarter, DTYPE)
+    levels = ((codes >> (2 * quarter)) & 3).to(DTYPE) - 1.5
     rows = tl.reshape((levels * channel[:, None, :]).to(DTYPE), [UNITS, QB])
     return tl.dot(query, tl.trans(rows), total, input_precision="ieee")
 
