@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
 _DETAIL = _FOLDER.parent / "docs" / "fidelity.md"
 _BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-_RULES = ("contiguous", "lean", "balanced")
+_RULES = ("contiguous", "lean", "balanced", "mixed")
 _LEAST_TOKENS = 8192  # of a line in the README; docs/fidelity.md has shorter contexts too
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
