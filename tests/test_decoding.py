@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import hga
 from hga import HGAConfig
 from hga.cache import decoding, kernels, layer
-from hga.cache.layer import Handshake, HGALayer, LayerShape
+from hga.cache.layer import Handshake, HGALayer
 from hga.cache.routed import Scoring
+from hga.cache.shape import LayerShape
 from hga.cache.summaries import Summaries
 from hga.integrations.transformers import step
 from hga.ops.decode import attend_decode

@@ -21,7 +21,8 @@ import hga
 from hga import HGAConfig
 from hga.cache import layer
 from hga.cache.decoding import Decoding
-from hga.cache.layer import Handshake, HGALayer, LayerShape
+from hga.cache.layer import Handshake, HGALayer
+from hga.cache.shape import LayerShape
 from hga.ops.decode import attend_decode
 from hga.store import LazyStore, MemoryStore, NvmeStore
 

@@ -17,9 +17,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hga.cache.decoding import Decoding
 from hga.cache.families import check_model_config, routed_layers
-from hga.cache.layer import Handshake, HGALayer, LayerShape
+from hga.cache.layer import Handshake, HGALayer
 from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
+from hga.cache.shape import LayerShape
 from hga.config import HGAConfig
 from hga.store import StoreStats
 from hga.store.host import check_host_room
@@ -156,7 +157,7 @@ class HGACache(DynamicCache):
     def check_model(self, config: Any) -> None:
         """ValueError if `config` is of another model than the one that this cache was built for."""
         if config is not self._checked_config:  # asked at every step, and `get_text_config` takes its time
-            self.routed[0].check_model(config.get_text_config(decoder=True))
+            self.routed[0].shape.check_model(config.get_text_config(decoder=True))
             self._checked_config = config
 
     def check_room(self, tokens: int, rows: int = 1, dtype: torch.dtype | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hga.cache.archive import OpenStore
 from hga.cache.decoding import Decoding, LayerDecoder
-from hga.cache.families import fingerprint
 from hga.cache.kernels import kernels_serve
 from hga.cache.layout import archived_chunks, record_layout
 from hga.cache.padding import leading_pads
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
+from hga.cache.shape import LayerShape
 from hga.cache.stores import growth_bytes, open_store
 from hga.config import HGAConfig
 from hga.ops.precision import Rows
@@ -38,22 +38,6 @@ class Handshake:
     awaiting: HGALayer | None = None
     first_idx: int | None = None
     seen: int = 0
-
-
-@dataclass
-class LayerShape:
-    """What the model's config promises of a layer's K/V, checked against what arrives.
-
-    routed_layers: how many share what there is of host memory.
-    """
-
-    kv_heads: int
-    query_heads: int
-    head_dim: int
-    position_limit: int | None
-    inverse_frequencies: Tensor | None = field(repr=False, default=None)
-    model_config: Any = field(repr=False, default=None)
-    routed_layers: int = 1
 
 
 class HGALayer(CacheLayerMixin):
@@ -138,7 +122,7 @@ class HGALayer(CacheLayerMixin):
                 "(then call cache.reset())"
             )
         if not self.is_initialized:
-            self._check_shape(key_states, value_states)
+            self.shape.check_kv(self.layer_idx, key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._new = (key_states.detach(), value_states.detach())
@@ -355,27 +339,7 @@ class HGALayer(CacheLayerMixin):
 
     def check_room(self, tokens: int) -> None:
         """ValueError if a prompt of `tokens` more ends beyond the model's positions."""
-        limit = self.shape.position_limit
-        if limit is not None and tokens > 1 and self._seen + tokens > limit:
-            raise ValueError(
-                f"{self._seen + tokens} tokens exceed the model's {limit} positions. Scale its RoPE before loading, "
-                'e.g. config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": ..., '
-                '"original_max_position_embeddings": ...} (command line: --rope-scaling yarn:4)'
-            )
-
-    def check_model(self, config: Any) -> None:
-        """ValueError if `config` is of another model than the one that this cache was built for."""
-        own = self.shape.model_config
-        if config is own or config is None or own is None:
-            return
-        other = fingerprint(config)
-        for name, value in fingerprint(own).items():
-            if other[name] != value:
-                raise ValueError(
-                    f"this cache was built for another model: {name}={value}, this one has {other[name]}; "
-                    "build HGACache(config=model.config) from this model's config"
-                )
-        self.shape.model_config = config  # an equal one: the next check is one comparison
+        self.shape.check_positions(self._seen, tokens)
 
     def growth_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> int:
         """Bytes that this layer's store will take for `tokens` more in each row, beyond what it has allocated.
@@ -415,19 +379,8 @@ class HGALayer(CacheLayerMixin):
                 f"{handshake.seen}: an earlier forward was interrupted; call cache.reset()"
             )
 
-    def _check_shape(self, keys: Tensor, values: Tensor) -> None:
-        expected = (self.shape.kv_heads, self.shape.head_dim)
-        found = (keys.shape[1], keys.shape[3])
-        if keys.shape != values.shape:
-            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have one shape")
-        if found != expected:
-            raise ValueError(
-                f"layer {self.layer_idx}: K/V with (Hkv, D) = {found} do not fit this cache, built for {expected}: "
-                "it belongs to another model; build HGACache(config=model.config) from this model's config"
-            )
-
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        self._check_shape(keys, values)
+        self.shape.check_kv(self.layer_idx, keys, values)
         if keys.dtype != self.dtype or values.dtype != self.dtype:
             raise TypeError(f"K/V of {keys.dtype} and {values.dtype} do not fit a cache that holds {self.dtype}")
         if keys.device != self.device or values.device != self.device:

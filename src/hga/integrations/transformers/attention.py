@@ -76,7 +76,7 @@ def hga_attention(
             f"layer {layer.layer_idx}: routed attention takes a 2-D padding mask, got shape "
             f"{tuple(attention_mask.shape)}; custom 4-D masks are not supported with an HGACache"
         )
-    layer.check_model(getattr(module, "config", None))
+    layer.shape.check_model(getattr(module, "config", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.view(key.shape[1], -1)
     out = layer.attend(query, value, attention_mask, Scoring(scale, softcap, sinks))
