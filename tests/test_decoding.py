@@ -20,7 +20,6 @@ from hga.cache.routed import Scoring
 from hga.cache.shape import LayerShape
 from hga.cache.summaries import Summaries
 from hga.integrations.transformers import step
-from hga.ops.decode import attend_decode
 from hga.store import MemoryStore
 
 pytest.importorskip("triton")
@@ -254,67 +253,3 @@ def test_mixed_layers_choose_as_their_own_rule_says(monkeypatch: pytest.MonkeyPa
             other = hga.HGACache(model.config, config.replace(selection=name))
             model(ids[:, :120], past_key_values=other)
             assert (model(ids[:, 120:121], past_key_values=other).logits - logits[0][0]).abs().max() > 1e-5
-
-
-@torch.no_grad()
-def test_bookkeeping_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step prepared while the last one ran equals one prepared anew, whatever was done to the cache in between."""
-    monkeypatch.setattr(layer, "kernels_serve", serve)
-    monkeypatch.setattr(step, "_can_capture", lambda model: False)
-    monkeypatch.setattr("hga.ops.kernels.decode.attend_decode", attend_decode)  # the reference is the faster one here
-    model = LlamaForCausalLM(TINY).to(DEVICE).eval()
-    ids = torch.randint(1, 64, (2, 150), device=DEVICE)
-    work_ahead, was_ahead = hga.HGACache._work_ahead, list[bool]()
-
-    def read(anew: bool) -> list[Tensor]:
-        monkeypatch.setattr(hga.HGACache, "_work_ahead", (lambda self, routed: None) if anew else work_ahead)
-        with hga.enabled(model, CONFIG):
-            cache, logits = hga.HGACache(model.config, CONFIG), []
-
-            def feed(cache: hga.HGACache, start: int, stop: int, tokens: int = 1) -> None:
-                for at in range(start, stop, tokens):
-                    was_ahead.append(cache._is_ahead())
-                    logits.append(model(ids[:, at : at + tokens], past_key_values=cache).logits)
-
-            feed(cache, 0, 118, tokens=118)
-            feed(cache, 118, 132)  # a chunk closes at 128
-            twin = cache.fork()
-            feed(twin, 0, 2)
-            feed(cache, 132, 134)
-            cache.crop(-9)
-            feed(cache, 20, 22)
-            feed(cache, 22, 28, tokens=3)
-            feed(cache, 28, 30)
-            cache.reorder_cache(torch.tensor([1, 0]))
-            feed(cache, 30, 32)
-            cache.reset()
-            feed(cache, 0, 118, tokens=118)
-            feed(cache, 118, 120)
-        return logits
-
-    assert all(map(torch.equal, read(anew=False), read(anew=True)))
-    half = len(was_ahead) // 2
-    # All but the first step behind a change, and the one before which the chunk closes.
-    assert sum(was_ahead[:half]) == 12 + 1 + 2 + 1 + 1 + 1 + 1 + 1
-    assert not any(was_ahead[half:])
-
-
-@torch.no_grad()
-def test_a_token_behind_an_interrupted_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "kernels_serve", serve)
-    monkeypatch.setattr(step, "_can_capture", lambda model: False)
-    monkeypatch.setattr("hga.ops.kernels.decode.attend_decode", attend_decode)
-    model = LlamaForCausalLM(TINY).to(DEVICE).eval()
-    ids = torch.randint(1, 64, (1, 130), device=DEVICE)
-    with hga.enabled(model, CONFIG):
-        for where in (model.model.layers[0].mlp, model.model.layers[1].self_attn):
-            cache = hga.HGACache(model.config, CONFIG)
-            model(ids[:, :120], past_key_values=cache)
-            model(ids[:, 120:121], past_key_values=cache)
-            hook = where.register_forward_pre_hook(lambda *args: raise_memory_error())
-            with pytest.raises(MemoryError):
-                model(ids[:, 121:124], past_key_values=cache)
-            hook.remove()
-            for _ in range(2):
-                with pytest.raises(RuntimeError, match="interrupted"):
-                    model(ids[:, 124:125], past_key_values=cache)

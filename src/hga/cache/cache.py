@@ -75,7 +75,7 @@ class HGACache(DynamicCache):
     loaded_ids: tuple[int, ...] = ()
     """Ids of the tokens that a loaded cache began with, without those that it has forgotten since."""
     _checked_config: Any
-    """The model's config that `check_model` has seen last."""
+    """The model's config that `check_model` has found to fit last."""
 
     def __init__(self, config: Any, hga_config: HGAConfig | str = "balanced") -> None:
         """config: the model's; hga_config: a config or a preset's name. ValueError if the model is unsupported."""
@@ -177,11 +177,11 @@ class HGACache(DynamicCache):
 
     def can_begin_token(self) -> bool:
         """Whether kernels serve the next token in every layer of this cache."""
-        if self._is_ahead():
-            return True
         routed = self.routed
         if len(routed) != len(self.layers) or self._handshake.awaiting is not None:
             return False
+        if self._is_ahead():
+            return True
         # Layers that disagree were left so by a forward that was interrupted: a forward of all layers says so.
         return len({layer.get_seq_length() for layer in routed}) == 1 and all(
             layer.can_begin_token() for layer in routed
@@ -201,32 +201,42 @@ class HGACache(DynamicCache):
 
         What goes wrong inside is taken back: the cache is as before the step. Behind it, while the device is busy,
         comes the next step's bookkeeping where that is the same again: a host needs a millisecond for 48 layers.
+        ValueError if an earlier step met K/V that are not finite.
         """
         routed = self.routed
         try:
-            if self._is_ahead():
-                self.decoding.check_known_faults()
-            else:
+            self.decoding.check_known_faults()
+            if not self._is_ahead():
                 for layer in routed:
                     layer.begin_token(layer.get_seq_length() + 1)
+            capturable = self.can_capture_token()  # a store may become whole within the step: layers do not know yet
             self.decoding.active = True
             yield
-        except BaseException:
-            self.decoding.ahead_of = None
+            self._handshake.check_closed()
             for layer in routed:
-                layer.abandon_token()
+                layer.end_token()
+        except BaseException:
+            self.abandon_token()
             raise
         finally:
             self.decoding.active = False
-        for layer in routed:
-            layer.end_token()
-        self._work_ahead(routed)
+        self._work_ahead(routed, capturable)
 
-    def _work_ahead(self, routed: list[HGALayer]) -> None:
-        """Do the next step's bookkeeping: layers are alike, so one tells for all whether there is more than counts."""
-        self.decoding.ahead_of = None
+    def abandon_token(self) -> None:
+        """Forget what layers began of a step that has failed, or that is to be run again."""
+        self.decoding.forget_ahead()
+        for layer in self.routed:
+            layer.abandon_token()
+
+    def _work_ahead(self, routed: list[HGALayer], capturable: bool) -> None:
+        """Do the next step's bookkeeping where it is more than counts in no layer.
+
+        Layers hold the same tokens and close chunks together, so the first tells for all; each was prepared for its
+        buffers and its store before the step, and only closing, and what calls `forget_ahead`, changes those.
+        """
+        self.decoding.forget_ahead()
         one_device = len({layer.device for layer in routed}) == 1
-        if one_device and self.can_capture_token() and routed[0].begin_next_token():
+        if one_device and capturable and routed[0].begin_next_token():
             self.decoding.ahead_of = self.get_seq_length() + 1
 
     def _is_ahead(self) -> bool:

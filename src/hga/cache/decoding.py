@@ -51,13 +51,12 @@ class Decoding:
     _shared: dict[torch.device, _Shared] = field(default_factory=dict)
 
     def publish(self, rows: list[Row], step: int, device: torch.device) -> None:
-        """Tell the device what the next token finds, unless another layer has already. ValueError for bad K/V."""
+        """Tell the device what the next token finds, unless another layer has already."""
         shared = self._on(device, len(rows))
         numbers = tuple([(near + 1, chunks, step, 0) for near, chunks in (row.in_use() for row in rows)])
         if numbers == shared.published:
             return
-        self.check_faults(device)
-        shared.published = numbers
+        shared.published = ()  # until the copy is on its way, whatever interrupts this
         slot = shared.copies % _COPIES_IN_FLIGHT
         shared.copies += 1
         if slot in shared.copied:
@@ -66,6 +65,11 @@ class Decoding:
         shared.counts.copy_(shared.staged[slot], non_blocking=True)
         if device.type == "cuda":
             shared.copied[slot] = torch.cuda.current_stream(device).record_event()
+        shared.published = numbers
+
+    def forget_ahead(self) -> None:
+        """What the next step finds has changed: its bookkeeping is to be done anew, all of it."""
+        self.ahead_of = None
 
     def check_faults(self, device: torch.device) -> None:
         """ValueError if a kernel has met K/V that are not finite; what it found is reported once."""
@@ -123,7 +127,8 @@ class Decoding:
     def reset(self) -> None:
         """Give everything back."""
         self._shared.clear()
-        self.active, self.ahead_of = False, None
+        self.active = False
+        self.forget_ahead()
         self.generation += 1
 
     def _on(self, device: torch.device, batch: int) -> _Shared:
@@ -156,7 +161,7 @@ class LayerDecoder:
         self._stacked: list[tuple[Tensor, Tensor]] = []  # what the rows held when they were stacked
 
     def prepare(self, rows: list[Row], step: int) -> None:
-        """Bring counts, buffers and addresses up to date for a token that the rows count already."""
+        """Bring counts, buffers and addresses up to date for the token after those that the rows count."""
         device = rows[0].device
         self._decoding.publish(rows, step, device)
         if self._layer is None or not self._holds(rows):

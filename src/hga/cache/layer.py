@@ -39,6 +39,16 @@ class Handshake:
     first_idx: int | None = None
     seen: int = 0
 
+    def check_closed(self) -> None:
+        """RuntimeError if a layer has taken K/V that no hga attention read."""
+        if self.awaiting is not None:
+            raise RuntimeError(
+                f"layer {self.awaiting.layer_idx} of this HGACache took K/V that no hga attention read: "
+                "either the model runs another attention implementation (call hga.enable(model) or load it with "
+                "attn_implementation='hga'), it changes K/V behind the cache, or an earlier forward was interrupted "
+                "(then call cache.reset())"
+            )
+
 
 class HGALayer(CacheLayerMixin):
     """K/V of one layer, batch rows apart. `update` takes new K/V; the attention function then calls `attend`."""
@@ -55,7 +65,9 @@ class HGALayer(CacheLayerMixin):
         handshake: Handshake,
         decoding: Decoding | None = None,
     ) -> None:
+        """hga_config: of this layer (`HGAConfig.of_layer`)."""
         super().__init__()  # type: ignore[no-untyped-call]
+        hga_config.selectors(1)  # refuses "mixed" before there is anything to lose
         self.hga_config = hga_config
         self.layer_idx = layer_idx
         self.counters = Counters()
@@ -81,7 +93,7 @@ class HGALayer(CacheLayerMixin):
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
         opening = self._opening()
         self.rows = [Row(self.hga_config, opening, self.counters, frequencies) for _ in range(key_states.shape[0])]
-        self._decoding.ahead_of = None
+        self._decoding.forget_ahead()
         self.is_initialized = True
 
     def _opening(self) -> OpenStore:
@@ -95,7 +107,7 @@ class HGALayer(CacheLayerMixin):
 
     def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
         """Be a layer of one row, of which the store holds `chunks`; see `Row.restore`. `lazy_initialization` first."""
-        self._decoding.ahead_of = None
+        self._decoding.forget_ahead()
         self.rows[0].restore(keys, values, chunks, summaries)
         self._seen = self.rows[0].length
 
@@ -114,20 +126,14 @@ class HGALayer(CacheLayerMixin):
         RuntimeError if an earlier update was never attended (another attention implementation ran); ValueError
         or TypeError if the K/V do not fit this cache.
         """
-        if self._handshake.awaiting is not None:
-            raise RuntimeError(
-                f"layer {self._handshake.awaiting.layer_idx} of this HGACache took K/V that no hga attention read: "
-                "either the model runs another attention implementation (call hga.enable(model) or load it with "
-                "attn_implementation='hga'), it changes K/V behind the cache, or an earlier forward was interrupted "
-                "(then call cache.reset())"
-            )
+        self._handshake.check_closed()
         if not self.is_initialized:
             self.shape.check_kv(self.layer_idx, key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._new = (key_states.detach(), value_states.detach())
         if not self._decoding.active:
-            self._decoding.ahead_of = None
+            self._decoding.forget_ahead()
             self._seen += key_states.shape[2]
             self._check_step()
         self._handshake.awaiting = self
@@ -154,7 +160,8 @@ class HGALayer(CacheLayerMixin):
             row.release()
         self.rows, self._new, self._seen, self.is_initialized = [], None, 0, False
         self._stores, self._decoder = [], None
-        self._handshake.awaiting, self._decoding.ahead_of = None, None
+        self._handshake.awaiting = None
+        self._decoding.forget_ahead()
         self.counters.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -164,7 +171,7 @@ class HGALayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({-removed}): give the number of tokens to remove as a negative number, e.g. crop({removed})"
             )
-        self._decoding.ahead_of = None
+        self._decoding.forget_ahead()
         for row in self.rows:
             row.crop(row.length - removed)
         if self._stores and not any(row.chunks for row in self.rows):
@@ -264,7 +271,7 @@ class HGALayer(CacheLayerMixin):
 
         `can_begin_token` comes first. The rows count the token when it ends.
         """
-        self._decoding.ahead_of = None
+        self._decoding.forget_ahead()
         for row in self.rows:
             row.make_room_for_token()
         if self._decoder is None:
@@ -273,8 +280,8 @@ class HGALayer(CacheLayerMixin):
 
     def end_token(self) -> None:
         """The step that `begin_token` began is done, or under way on the device."""
-        self._seen += 1
         self._count_token()
+        self._seen += 1  # last: layers of which some were interrupted before this disagree, which is refused
 
     def _count_token(self) -> None:
         for row in self.rows:
@@ -366,7 +373,8 @@ class HGALayer(CacheLayerMixin):
         for index, row in enumerate(self.rows):
             if index not in taken:
                 row.release()
-        self.rows, self._decoder, self._decoding.ahead_of = rows, None, None
+        self.rows, self._decoder = rows, None
+        self._decoding.forget_ahead()
 
     def _check_step(self) -> None:
         """RuntimeError if the cache's layers have not seen the same tokens: a forward ended in the middle."""

@@ -100,18 +100,19 @@ class Stepper:
                 self._told = True
                 _log.info("decoding without a CUDA graph: the host brings a part of the archive in each step")
             if self._graph is None and self._capturable and self._eager_steps >= _EAGER_STEPS:
-                self._graph = self._capture(forward, input_ids, position_ids)
+                self._graph = self._capture(forward, cache, input_ids, position_ids)
             if self._graph is not None:
                 return self._graph.replay(cache, input_ids, position_ids)
             self._eager_steps += 1
             return forward(input_ids=input_ids, position_ids=position_ids)
 
-    def _capture(self, forward: Forward, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
+    def _capture(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
         try:
             return StepGraph(self._model, forward, self._argument, input_ids, position_ids)
         except RuntimeError as error:
             self._capturable = False
             setattr(self._model, _REFUSED, True)  # a failed capture costs memory: not again for the next cache
+            cache.abandon_token()  # it may have ended inside a layer; the step is run again, eagerly
             _log.warning(
                 "decoding without a CUDA graph: the model's step cannot be captured (%s)", str(error).split("\n")[0]
             )
