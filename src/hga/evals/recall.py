@@ -78,12 +78,7 @@ def measure_recall(
     tokens = ids.shape[1]
     if tokens < 4 or queries < 1:
         raise ValueError(f"{tokens} tokens, {queries} queries: give at least 4 tokens and 1 query")
-    simulated: dict[str, SimulatedRule] = {}
-    for name, rule in rules.items():
-        if isinstance(rule, HGAConfig):
-            simulated[name] = RoutedRule.of(rule)
-        elif isinstance(rule, SimulatedRule):
-            simulated[name] = rule
+    simulated = {name: rule for name, rule in rules.items() if isinstance(rule, (HGAConfig, SimulatedRule))}
     sums = {name: _Sums() for name in simulated}
     before = model.config._attn_implementation
     chosen = _sampled_tiles(tokens, queries)
@@ -106,7 +101,7 @@ def _sampled_tiles(tokens: int, queries: int) -> set[int]:
 
 
 def _recording_attention(
-    rules: Mapping[str, SimulatedRule],
+    rules: Mapping[str, HGAConfig | SimulatedRule],
     sums: Mapping[str, _Sums],
     chosen: set[int],
     module: Any,
@@ -122,6 +117,8 @@ def _recording_attention(
         return out, weights
     tiles = list(tiles_of(module, query, key, value, {}, **kwargs))  # those measured keep their logits for all rules
     for name, rule in rules.items():
+        if isinstance(rule, HGAConfig):
+            rule = RoutedRule.of(rule.of_layer(module.layer_idx, module.config.num_hidden_layers))
         notes: dict[str, Tensor] = {}  # of this rule and layer
         for tile in tiles:
             tile.notes = notes

@@ -28,12 +28,7 @@ class RoutedRule(SimulatedRule):
 
     @classmethod
     def of(cls, config: HGAConfig) -> RoutedRule:
-        """The rule of a config. ValueError for one that differs by layer: tiles do not know theirs."""
-        if config.selection == "mixed":
-            raise ValueError(
-                "selection='mixed' cannot be simulated, it differs by layer; use shared or per_head here, or `hga eval "
-                "nll`, which reads through the real cache"
-            )
+        """The rule of a layer's config."""
         return cls(config=config, budget_tokens=config.budget_tokens)
 
     def metadata_share(self, width: int, tokens: int) -> float:
