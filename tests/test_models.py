@@ -6,11 +6,12 @@ import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_model import save_tiny_model, tiny_config
-from transformers import Gemma3TextConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hga import models
 from hga.models import (
@@ -18,6 +19,7 @@ from hga.models import (
     RopeScaling,
     cached_path,
     check_positions,
+    check_tokenizer,
     fetch,
     is_intact,
     load_model,
@@ -258,3 +260,20 @@ def test_unreachable_hub(monkeypatch):
         load_model("owner/no-such-model")
     assert "\n" not in str(error.value)
     assert "smollm2-135m" in str(error.value)
+
+
+def test_a_tokenizer_that_cuts_its_own_words_is_refused() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = [f"{a}{b}mothers" for a in "abcdefgh" for b in "ijklmnop"]
+    letters = sorted({letter for word in words for letter in f"Ġ{word}"})
+    vocabulary = {token: index for index, token in enumerate([*letters, *(f"Ġ{word}" for word in words)])}
+
+    def make(model: Any) -> Any:
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+    check_tokenizer(make(tokenizers.models.WordLevel(vocabulary, unk_token="a")))
+    check_tokenizer(make(tokenizers.models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="keeps 0 of 64 words of its own vocabulary whole"):
+        check_tokenizer(make(tokenizers.models.BPE(vocabulary, merges=[])))

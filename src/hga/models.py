@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _COPY_BYTES = 1 << 20
+_WORDS_TRIED = 50
 
 Report = Callable[[int], object]
 """Called with the bytes copied so far."""
@@ -257,6 +258,7 @@ def load_model(
         if rope_scaling is not None:
             rope_scaling.apply(config)
         if source.gguf_file is not None:
+            check_tokenizer(tokenizer)
             # Packed GGUF layers would bring an attention kernel of their own.
             options["quantization_config"] = GgufConfig(dequantize=True)
             dtype = dtype or torch.float32
@@ -264,6 +266,24 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(source.place, **options)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """ValueError if a tokenizer cuts words that its vocabulary holds whole: a model would read what it never saw.
+
+    transformers makes tokenizers of GGUF files itself; 5.17 makes one of Gemma's that merges next to nothing, silently.
+    """
+    import transformers
+
+    words = sorted(token[1:] for token in tokenizer.get_vocab() if re.fullmatch("[\u0120\u2581][a-z]{7,}", token))
+    words = words[:: max(1, len(words) // _WORDS_TRIED)]
+    whole = sum(len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1 for word in words)
+    if whole < len(words) / 2:
+        raise ValueError(
+            f"the tokenizer that transformers {transformers.__version__} makes of this GGUF file keeps {whole} of "
+            f"{len(words)} words of its own vocabulary whole, so it is wrong; use another version (5.24.0 reads "
+            "Gemma's), or a model folder with tokenizer files"
+        )
 
 
 def check_positions(config: Any, tokens: int) -> None:
