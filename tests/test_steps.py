@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_decoding import CONFIG, DEVICE, TINY, raise_memory_error, serve
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import hga
 from hga.cache import layer
@@ -38,14 +38,22 @@ def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("hga.ops.kernels.decode.attend_decode", attend_decode)
 
 
-def make_model(layers: int = 2) -> Any:
+def make_model() -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY.to_dict() | {"num_hidden_layers": layers}))
-    return model.to(DEVICE).eval()
+    return LlamaForCausalLM(TINY).to(DEVICE).eval()
 
 
 def random_ids(rows: int = 1, tokens: int = 150) -> Tensor:
     return torch.randint(1, 64, (rows, tokens), device=DEVICE)
+
+
+def read_and_decode(model: Any, ids: Tensor, prompt: int, last: int) -> hga.HGACache:
+    """A cache of a prompt read at once and of the tokens behind it, up to `last`, decoded one by one."""
+    cache = hga.HGACache(model.config, CONFIG)
+    model(ids[:, :prompt], past_key_values=cache)
+    for token in range(prompt, last):
+        model(ids[:, token : token + 1], past_key_values=cache)
+    return cache
 
 
 @torch.no_grad()
@@ -92,9 +100,7 @@ def test_a_token_behind_an_interrupted_forward_is_refused() -> None:
     model, ids = make_model(), random_ids()
     with hga.enabled(model, CONFIG):
         for where in (model.model.layers[0].mlp, model.model.layers[1].self_attn):
-            cache = hga.HGACache(model.config, CONFIG)
-            model(ids[:, :120], past_key_values=cache)
-            model(ids[:, 120:121], past_key_values=cache)
+            cache = read_and_decode(model, ids, 120, 121)
             hook = where.register_forward_pre_hook(lambda *args: raise_memory_error())
             with pytest.raises(MemoryError):
                 model(ids[:, 121:124], past_key_values=cache)
@@ -132,8 +138,7 @@ def test_an_interrupt_anywhere_in_a_step_gives_no_wrong_token(ahead: bool) -> No
     functions = (begin_token, hga.HGACache._work_ahead, HGALayer.begin_token, HGALayer.begin_next_token)
     functions += (HGALayer.end_token, HGALayer._count_token, Row.end_token, Row.make_room_for_token, Decoding.publish)
     with hga.enabled(model, CONFIG):
-        read = hga.HGACache(model.config, CONFIG)
-        model(ids[:, :118], past_key_values=read)
+        read = read_and_decode(model, ids, 118, 118)
         outcomes, at = [], 120 if ahead else 118
         for count in itertools.count(1):
             expected, one = read.fork(), read.fork()
@@ -165,10 +170,7 @@ def test_an_interrupt_anywhere_in_a_step_gives_no_wrong_token(ahead: bool) -> No
 def test_another_attention_in_a_step_is_refused_again_and_again() -> None:
     model, ids = make_model(), random_ids()
     with hga.enabled(model, CONFIG):
-        cache = hga.HGACache(model.config, CONFIG)
-        model(ids[:, :118], past_key_values=cache)
-        for token in (118, 119):
-            model(ids[:, token : token + 1], past_key_values=cache)
+        cache = read_and_decode(model, ids, 118, 120)
         last = model.model.layers[-1].self_attn
         own, last.config = last.config, copy.deepcopy(last.config)
         last.config._attn_implementation = "sdpa"
@@ -176,10 +178,7 @@ def test_another_attention_in_a_step_is_refused_again_and_again() -> None:
             with pytest.raises(RuntimeError, match="no hga attention read"):
                 model(ids[:, 120:121], past_key_values=cache)
         last.config = own
-        twin = hga.HGACache(model.config, CONFIG)
-        model(ids[:, :118], past_key_values=twin)
-        for token in (118, 119):
-            model(ids[:, token : token + 1], past_key_values=twin)
+        twin = read_and_decode(model, ids, 118, 120)
         for token in (120, 121):
             here = [model(ids[:, token : token + 1], past_key_values=one).logits for one in (cache, twin)]
             assert torch.equal(*here)
@@ -189,9 +188,7 @@ def test_another_attention_in_a_step_is_refused_again_and_again() -> None:
 def test_a_fault_is_told_before_the_next_step_counts() -> None:
     model, ids = make_model(), random_ids()
     with hga.enabled(model, CONFIG):
-        cache = hga.HGACache(model.config, CONFIG)
-        model(ids[:, :118], past_key_values=cache)
-        model(ids[:, 118:119], past_key_values=cache)
+        cache = read_and_decode(model, ids, 118, 119)
         assert cache._is_ahead()
         cache.decoding.faults(cache.routed[0].device).fill_(1)
         with pytest.raises(ValueError, match="NaN or infinite"):
@@ -215,9 +212,8 @@ def test_a_context_that_becomes_whole_within_a_step_is_captured_after_it(
         with monkeypatch.context() as patched:
             patched.setattr("hga.ops.kernels.decode.attend_decode", attend)
             forward(input_ids=input_ids, position_ids=position_ids)
-        next(iter(cache.routed))._handshake.awaiting = cache.routed[
-            0
-        ]  # as a capture that fails inside a layer leaves it
+        first = cache.routed[0]
+        first._handshake.awaiting = first  # as a capture that fails inside a layer leaves it
         raise RuntimeError("no graphs here")
 
     config = CONFIG.replace(prefill="routed")

@@ -93,7 +93,6 @@ class HGALayer(CacheLayerMixin):
         frequencies = self.shape.inverse_frequencies if self.hga_config.summary == "mixed_rope" else None
         opening = self._opening()
         self.rows = [Row(self.hga_config, opening, self.counters, frequencies) for _ in range(key_states.shape[0])]
-        self._decoding.forget_ahead()
         self.is_initialized = True
 
     def _opening(self) -> OpenStore:
@@ -107,7 +106,6 @@ class HGALayer(CacheLayerMixin):
 
     def restore(self, keys: Tensor, values: Tensor, chunks: list[int], summaries: dict[str, Rows]) -> None:
         """Be a layer of one row, of which the store holds `chunks`; see `Row.restore`. `lazy_initialization` first."""
-        self._decoding.forget_ahead()
         self.rows[0].restore(keys, values, chunks, summaries)
         self._seen = self.rows[0].length
 
@@ -271,7 +269,6 @@ class HGALayer(CacheLayerMixin):
 
         `can_begin_token` comes first. The rows count the token when it ends.
         """
-        self._decoding.forget_ahead()
         for row in self.rows:
             row.make_room_for_token()
         if self._decoder is None:

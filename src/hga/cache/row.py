@@ -142,8 +142,8 @@ class Row:
 
     def end_token(self) -> None:
         """Count a token and what it attended to. What a union of R choices fetches is counted by the kernels."""
+        self._count(self.length, 1, self.chunks, None, 0)
         self.length += 1
-        self._count(self.length - 1, 1, self.chunks, None, 0)
 
     def in_use(self) -> tuple[int, int]:
         """Tokens in `near` and closed chunks."""
