@@ -25,6 +25,7 @@ CONFIGS = {
     "two levels": CONFIG.replace(node_size=8, overselection=2),
     "coded": CONFIG.replace(node_size=16, overselection=2, coded=True),
     "per head": CONFIG.replace(selection="per_head"),
+    "coded per head": CONFIG.replace(node_size=16, overselection=2, coded=True, selection="per_head"),
 }
 
 
@@ -103,4 +104,5 @@ def test_blocks_by_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
     assert fast.chunks == plain.chunks > 0
     assert fast._counters.attended == pytest.approx(plain._counters.attended)
+    assert fast._counters.fetched == pytest.approx(plain._counters.fetched)
     assert fast._counters.queries == plain._counters.queries

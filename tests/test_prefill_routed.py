@@ -75,9 +75,9 @@ def closed_of(config: HGAConfig, row: Row, opened: dict) -> ClosedChunks | None:
     return ClosedChunks(opened["store"].read(row._archive.chunks)[0], keys, values, groups)
 
 
-def route(function, config: HGAConfig, block: Block, softcap: float | None):
+def route(function, config: HGAConfig, block: Block, softcap: float | None, opened: Tensor | None = None):
     frequencies = FREQUENCIES if config.summary == "mixed_rope" else None
-    return function(config, block.query, *block.near, block.closed, block.first, 0.25, softcap, frequencies)
+    return function(config, block.query, *block.near, block.closed, block.first, 0.25, softcap, frequencies, opened)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -123,12 +123,14 @@ def test_kernel(name, dtype):
     config = CONFIGS[name]
     block = cast(take_block(config, 180, 204, 3.0 if "fp8" in name else None), dtype)
     softcap = 3.0 if "fp8" in name else None
-    expected = route(prefill_routed.attend_prefill_routed, config, block, softcap)
-    output = route(kernels.attend_prefill_routed, config, block, softcap)
+    counts = torch.full((2, 2, 24), -7, dtype=torch.int32, device=DEVICE)
+    expected = route(prefill_routed.attend_prefill_routed, config, block, softcap, counts[0])
+    output = route(kernels.attend_prefill_routed, config, block, softcap, counts[1])
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * 4
     different = ((output.value - expected.value).abs() > tolerance).any(-1)
     assert different.sum() == 0, f"{int(different.sum())} of {different.numel()}"
     torch.testing.assert_close(output.logsumexp, expected.logsumexp, rtol=0, atol=tolerance)
+    assert counts[1].tolist() == counts[0].tolist()
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 19), (59, 66), (290, 400)])
@@ -146,10 +148,12 @@ def test_batches_do_not_change_the_result(name, monkeypatch):
     """Heads, strips and masses that go by a few at a time: what long contexts run into."""
     config = CONFIGS[name].replace(summary_dtype="fp8")
     block = cast(take_block(config, 180, 230, None), torch.float32)
-    expected = route(prefill_routed.attend_prefill_routed, config, block, None)
+    counts = torch.full((2, 2, 50), -7, dtype=torch.int32, device=DEVICE)
+    expected = route(prefill_routed.attend_prefill_routed, config, block, None, counts[0])
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
-    output = route(kernels.attend_prefill_routed, config, block, None)
+    output = route(kernels.attend_prefill_routed, config, block, None, counts[1])
     torch.testing.assert_close(output.value, expected.value, rtol=0, atol=1e-5)
+    assert counts[1].tolist() == counts[0].tolist()
 
 
 def test_choices_are_the_best_and_the_lowest():

@@ -67,10 +67,11 @@ def _attend_in_parts(
 
 def attend_routed_block(
     config: HGAConfig, query: Tensor, near: tuple[Tensor, Tensor], archive: Archive | None, first: int, scoring: Scoring
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Routed attention of queries (Hkv, R, T, D), not scaled, from position `first` to the end of `near`.
 
-    near: as it was before the block's chunks closed; archive: with them.
+    near: as it was before the block's chunks closed; archive: with them. Beside the output, where the R heads choose
+    apart, the unique tokens that they opened between them, (T,), a mean over KV heads.
     """
     from hga.ops.kernels.prefill_routed import attend_prefill_routed  # Triton is optional
 
@@ -80,5 +81,8 @@ def attend_routed_block(
         node_values = rows.held_node_values() if config.far_field else None
         group_keys = rows.held_group_keys() if config.two_level else None
         closed = ClosedChunks(archive.stage(), rows.node_keys.held(), node_values, group_keys)
-    output = attend_prefill_routed(config, query, *near, closed, first, scoring.scale, scoring.softcap)
-    return add_sinks(output, scoring.sinks)
+    heads, repeats, tokens, _ = query.shape
+    opened = query.new_empty(heads, tokens, dtype=torch.int32) if config.selectors(repeats) > 1 else None
+    output = attend_prefill_routed(config, query, *near, closed, first, scoring.scale, scoring.softcap, opened=opened)
+    unique = None if opened is None else opened.double().mean(0) * config.group_size
+    return add_sinks(output, scoring.sinks), unique

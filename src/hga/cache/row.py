@@ -187,8 +187,7 @@ class Row:
             out[:, :, here] = attend_exact_block(config, query[:, :, here], near, place, self._archive, scoring)
         if routed_from < self.length:
             query, routed = query[:, :, routed_from - self.length :], out[:, :, routed_from - self.length :]
-            by_kernels = tokens > 1 and kernels_serve(config, query.dtype, query.device)
-            if by_kernels and config.selectors(query.shape[1]) == 1:
+            if tokens > 1 and kernels_serve(config, query.dtype, query.device):
                 routed[:] = self._attend_block(query, routed_from, scoring)
             else:
                 self._attend_by_tiles(query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
@@ -231,12 +230,14 @@ class Row:
         keys, values = self._near()
         near = (keys.clone(), values.clone())  # closing moves the tokens behind a closed chunk
         self._close(closed_chunks(config, self.length - 1))
+        output, unique = attend_routed_block(config, query, near, self._archive, first, scoring)
         start = first
         while start < self.length:
             stop = min(self.length, (start // TILE_TOKENS + 1) * TILE_TOKENS)
-            self._count(start, stop - start, closed_chunks(config, start), None, 0)
+            here = None if unique is None else unique[start - first : stop - first]
+            self._count(start, stop - start, closed_chunks(config, start), here, 0)
             start = stop
-        return attend_routed_block(config, query, near, self._archive, first, scoring)
+        return output
 
     def _route(self, query: Tensor, first: int, scoring: Scoring) -> Tile:
         """Route queries of one tile, scaled, whose closed chunks are in the archive."""

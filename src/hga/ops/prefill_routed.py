@@ -52,14 +52,16 @@ def attend_prefill_routed(
     scale: float,
     softcap: float | None = None,
     inverse_frequencies: Tensor | None = None,
+    opened: Tensor | None = None,
 ) -> Output:
     """Routed attention of queries (Hkv, R, T, D), not scaled yet, at positions [first, first + T).
 
     near_keys, near_values (Hkv, n, D): the sink and, behind it, every token up to the block's end that was in no
     closed chunk when the block began. closed: the chunks closed by the block's end, those that closed before it
     began included; a chunk that closes inside the block is read from `near` by the tiles before, from its record
-    by the tiles after. inverse_frequencies: for mixed-RoPE summaries. Returns the value (Hkv, R, T, D) and the
-    log-sum-exp (Hkv, R, T, 1) in the compute type. ValueError for lengths that do not fit.
+    by the tiles after. inverse_frequencies: for mixed-RoPE summaries. opened, int32 (Hkv, T), is filled with the groups
+    that a KV head's query heads opened between them. Returns the value (Hkv, R, T, D) and the log-sum-exp
+    (Hkv, R, T, 1) in the compute type. ValueError for lengths that do not fit.
     """
     closed_before = check_block(config, query, near_keys, closed, first)
     tokens, sink = query.shape[2], config.sink_tokens
@@ -73,7 +75,10 @@ def attend_prefill_routed(
         keys, values = (torch.cat([x[:, :sink], x[:, skipped:end]], 1) for x in (near_keys, near_values))
         index = torch.arange(start, stop, device=query.device) - chunks * config.chunk_size
         here = query[:, :, start - first : stop - first] * scale
-        outputs.append(_attend_tile(config, here, keys, values, closed, chunks, index, softcap, inverse_frequencies))
+        output, choice = _attend_tile(config, here, keys, values, closed, chunks, index, softcap, inverse_frequencies)
+        outputs.append(output)
+        if opened is not None:
+            opened[:, start - first : stop - first] = choice.any(1).sum(-1)
         start = stop
     return Output(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True)))
 
@@ -103,8 +108,11 @@ def _attend_tile(
     index: Tensor,
     softcap: float | None,
     inverse_frequencies: Tensor | None,
-) -> Output:
-    """Scaled queries (H, R, M, D) of one tile, `index` (M,) their places among the keys (H, n, D)."""
+) -> tuple[Output, Tensor]:
+    """Scaled queries (H, R, M, D) of one tile, `index` (M,) their places among the keys (H, n, D).
+
+    Beside the output, what was opened: bool (H, R', M, groups).
+    """
     size, sink, work = config.group_size, config.sink_tokens, query.dtype
     older = (index - config.window_tokens + 1 - sink).clamp(min=0)[:, None]
     pending = (older + size - 1) // size  # (M, 1): groups by position that a query may open
@@ -146,7 +154,7 @@ def _attend_tile(
             # A group counts by its own mean key and its node's mean value; a node whose groups were not scored, whole.
             parts.append(_far(group_scores, unopened, size, means.repeat_interleave(per_node, 1)))
             parts.append(_far(node_scores, ~scored, config.node_size, means))
-    return attend(parts)
+    return attend(parts), opened
 
 
 def _far(scores: Tensor, counted: Tensor, tokens: int, means: Tensor) -> Part:

@@ -24,6 +24,7 @@ from hga.ops.kernels.candidates import (
     Archived,
     Chosen,
     Means,
+    count_unions,
     decode_summaries,
     find_unit,
     has_bit,
@@ -53,6 +54,7 @@ def attend_prefill_routed(
     scale: float,
     softcap: float | None = None,
     inverse_frequencies: Tensor | None = None,
+    opened: Tensor | None = None,
 ) -> Output:
     """See `hga.ops.prefill_routed.attend_prefill_routed`. float16, bfloat16 or float32; the output is float32.
 
@@ -75,6 +77,7 @@ def attend_prefill_routed(
             {"scale": scale, "SOFTCAP": softcap or 0.0},
             inverse_frequencies,
             Output(*(x[here] for x in output)),
+            None if opened is None else opened[here],
         )
     return output
 
@@ -90,8 +93,9 @@ def _attend_heads(
     scoring: dict[str, Any],
     inverse_frequencies: Tensor | None,
     output: Output,
+    unions: Tensor | None,
 ) -> None:
-    """Attend some KV heads' queries and write their output in place."""
+    """Attend some KV heads' queries and write their output, and how many groups were opened, in place."""
     query, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, near_keys, near_values)
     )
@@ -121,6 +125,8 @@ def _attend_heads(
         opened = choose_units(
             strips, start, stop, archived.groups, counts, width, config.routed_groups, SCRATCH_BYTES, means, within
         )
+        if unions is not None:
+            count_unions(strips, start, opened, counts, within, unions)
         near = (near_keys, near_values)
         choices = (opened, chosen_nodes, counts, node_counts)
         _attend_strips(config, strips, start, stop, near, means, closed, archived, choices, output)
