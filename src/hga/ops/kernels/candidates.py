@@ -121,8 +121,8 @@ def count_unions(
 ) -> None:
     """How many groups the heads of a KV head opened between them, for each query of the strips from `start` on.
 
-    counts int32 (S, H): archive columns of these strips. within: the chosen nodes, and groups a node, where a column is a
-    group of a chosen node. into: int32 (Hkv, T), of which the strips' part is written.
+    counts int32 (S, H): archive columns of these strips. within: the chosen nodes, and groups a node, where a column is
+    a group of a chosen node. into: int32 (Hkv, T), of which the strips' part is written.
     """
     queries, pending = strips.constants["QUERIES"], strips.constants["PENDING_WIDTH"]
     number, heads, width = opened.words.shape
