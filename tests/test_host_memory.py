@@ -63,8 +63,14 @@ def mappings(monkeypatch):
 def locked(monkeypatch):
     """A driver that locks memory: start -> size of what is locked now."""
     held = {}
+
+    def unlock(starts, gpu):
+        for start in starts:
+            del held[start]
+        return ()
+
     monkeypatch.setattr(host, "_register", lambda start, size, gpu: held.update({start: size}))
-    monkeypatch.setattr(host, "_unregister", lambda starts, gpu: [held.pop(start) for start in starts])
+    monkeypatch.setattr(host, "_unregister", unlock)
     return held
 
 
@@ -206,6 +212,21 @@ def test_refused_locking_warns_once_and_leaves_nothing_locked(locked, monkeypatc
     block.bytes.fill_(3)
     with warnings.catch_warnings(action="error"):
         assert not allocate_host(1 << 18, torch.device("cuda")).pinned
+
+
+def test_what_a_driver_does_not_unlock_stays_mapped_until_it_does(locked, mappings, monkeypatch):
+    block = allocate_host(1 << 16, torch.device("cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "_unregister", lambda starts, gpu: starts)  # as within a capture
+        del block
+        assert locked
+        other = allocate_host(1 << 16, torch.device("cuda"))
+        assert len(locked) == 2
+    assert len(host._LOCKED_STILL) == 1
+    host._LOCKED_STILL[0][:4] = b"kept"  # raises if it is unmapped
+    third = allocate_host(1 << 16, torch.device("cuda"))
+    assert not host._LOCKED_STILL
+    assert set(locked) == {other.bytes.data_ptr(), third.bytes.data_ptr()}
 
 
 def test_bytes_that_the_system_refuses_are_named():

@@ -174,6 +174,7 @@ def allocate_host(size_bytes: int, gpu: torch.device | None = None) -> HostBlock
     If the driver refuses to lock it, the block is pageable and one warning a process says so. MemoryError if the
     system refuses the bytes themselves.
     """
+    _unpin_what_was_left()
     try:
         mapping = _Mapping(-1, size_bytes, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
@@ -205,20 +206,31 @@ class _Mapping(mmap.mmap):
         for start in range(0, size, _PIECE_BYTES):
             refusal = _register(address + start, min(_PIECE_BYTES, size - start), gpu)
             if refusal is not None:
-                self._unpin()
+                self.unpin()
                 _warn_unpinned(refusal)
                 return False
             self._pinned = (*self._pinned, address + start)
         return True
 
-    def _unpin(self) -> None:
+    def unpin(self) -> bool:
+        """Unlock what is locked; returns whether nothing is any more."""
         if self._pinned and self._gpu is not None:
-            _unregister(self._pinned, self._gpu)
-        self._pinned = ()
+            self._pinned = _unregister(self._pinned, self._gpu)
+        return not self._pinned
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # an ending process gives everything back by itself
-            self._unpin()
+        if not sys.is_finalizing() and not self.unpin():  # an ending process gives everything back by itself
+            _LOCKED_STILL.append(self)  # unmapped while it is locked, its addresses could never be locked again
+
+
+_LOCKED_STILL: list[_Mapping] = []
+
+
+def _unpin_what_was_left() -> None:
+    for _ in range(len(_LOCKED_STILL)):
+        mapping = _LOCKED_STILL.pop(0)
+        if not mapping.unpin():
+            _LOCKED_STILL.append(mapping)
 
 
 def _register(address: int, size_bytes: int, gpu: torch.device) -> str | None:
@@ -228,18 +240,29 @@ def _register(address: int, size_bytes: int, gpu: torch.device) -> str | None:
         result = runtime.cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED)
         if result == runtime.cudaError.success:
             return None
-        # CUDA repeats an error to whoever asks next: ask here, so that no innocent kernel launch gets it.
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=gpu)
+        _take_back_error(gpu)
         return str(runtime.cudaGetErrorString(result))
 
 
-def _unregister(addresses: tuple[int, ...], gpu: torch.device) -> None:
-    """Unlock memory once nothing on the GPU copies from it or reads it any more."""
-    with contextlib.suppress(RuntimeError):  # a GPU that failed cannot be waited for
+def _unregister(addresses: tuple[int, ...], gpu: torch.device) -> tuple[int, ...]:
+    """Unlock memory once nothing on the GPU copies from it or reads it any more; returns what is locked still."""
+    if torch.cuda.is_current_stream_capturing():  # to wait for the GPU would end the capture
+        return addresses
+    try:
         torch.cuda.synchronize(gpu)
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+    except RuntimeError:  # another thread captures, or the GPU has failed
+        return addresses
+    runtime = torch.cuda.cudart()
+    left = tuple(one for one in addresses if runtime.cudaHostUnregister(one) != runtime.cudaError.success)
+    if left:
+        _take_back_error(gpu)
+    return left
+
+
+def _take_back_error(gpu: torch.device) -> None:
+    """CUDA repeats an error to whoever asks next: ask here, so that no innocent kernel launch gets it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=gpu)
 
 
 @functools.cache

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ class StepGraph:
                     forward(input_ids=self._ids, position_ids=self._positions)
             finally:
                 current.wait_stream(stream)
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+            with _garbage_kept(), capture:
                 self._out = forward(input_ids=self._ids, position_ids=self._positions)
         self._argument = argument
         setattr(self._out, argument, None)  # a cycle with the cache would keep its memory until it is collected
@@ -61,6 +64,18 @@ class StepGraph:
         out.logits = self._out.logits.clone()  # the next replay overwrites them
         setattr(out, self._argument, cache)
         return out
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No garbage collection: a graph or locked memory that is freed asks of the driver what ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @functools.cache
