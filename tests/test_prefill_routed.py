@@ -158,7 +158,8 @@ def test_batches_do_not_change_the_result(name, monkeypatch):
 
 def test_choices_are_the_best_and_the_lowest():
     """The kernels' own selection, with masses that tie, queries that may choose little and queries that may nothing."""
-    choice = pytest.importorskip("hga.ops.kernels.prefill_choice")
+    marks = pytest.importorskip("hga.ops.kernels.prefill_marks")
+    candidates = pytest.importorskip("hga.ops.kernels.candidates")
     width, queries = 1500, 16
     generator = torch.Generator().manual_seed(0)
     mass = torch.rand(1, 1, queries, width, generator=generator)
@@ -168,16 +169,9 @@ def test_choices_are_the_best_and_the_lowest():
     mass = mass.to(DEVICE)
     counts = torch.full((1, 1), width - 64, dtype=torch.int32, device=DEVICE)
     for keep in (0, 1, 100, width):
-        limits, ties = torch.empty(2, 1, 1, queries, dtype=torch.int32, device=DEVICE)
         words = torch.empty(1, 1, width, dtype=torch.int64, device=DEVICE)
         listed, found = torch.empty_like(words, dtype=torch.int32), torch.empty_like(counts)
-        lines = 1 if DEVICE.type == "cuda" else queries
-        choice._limit_kernel[(queries // lines, 1)](
-            mass, counts, limits, ties, width, 64, keep, QUERIES=queries, LINES=lines, BLOCK=1024
-        )
-        choice._mark_kernel[(1,)](
-            mass, counts, limits, ties, words, listed, found, width, 64, QUERIES=queries, BLOCK=512
-        )
+        marks.mark_largest(mass, counts, keep, 64, candidates.Chosen(words, listed, found))
         order = torch.sort(mass[0, 0], dim=-1, descending=True, stable=True).indices[:, :keep]
         expected = torch.zeros(queries, width, dtype=torch.bool, device=DEVICE).scatter_(1, order, True)
         expected &= mass[0, 0] >= 0

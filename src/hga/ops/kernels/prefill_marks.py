@@ -1,0 +1,147 @@
+"""Triton kernels that mark, for each query of a strip, the candidates with the largest masses."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hga.ops.kernels.candidates import Chosen
+
+_SELECTED_AT_ONCE = 2048
+_MARKED_AT_ONCE = 8192
+
+
+def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, chosen: Chosen) -> None:
+    """Mark the `keep` largest masses of each query, the lower column first where masses tie; write them to `chosen`.
+
+    mass, float32 (S, H, queries, W): of `pending_width` pending groups, then of archive columns, of which there are
+    counts, int32 (S, H); below 0 where a query may not choose.
+    """
+    strips, heads, queries, width = mass.shape
+    limits = torch.empty((2, strips, heads, queries), dtype=torch.int32, device=mass.device)
+    # A query a program where they run side by side; all at once where they are interpreted.
+    lines = 1 if mass.device.type == "cuda" else queries
+    _limit_kernel[(queries // lines, strips * heads)](
+        mass,
+        counts,
+        limits[0],
+        limits[1],
+        width,
+        pending_width,
+        keep,
+        QUERIES=queries,
+        LINES=lines,
+        BLOCK=_SELECTED_AT_ONCE,
+        num_warps=8,
+    )
+    _mark_kernel[(strips * heads,)](
+        mass,
+        counts,
+        limits[0],
+        limits[1],
+        *chosen,
+        width,
+        pending_width,
+        QUERIES=queries,
+        BLOCK=max(64, _MARKED_AT_ONCE // queries),
+        num_warps=8,
+    )
+
+
+@triton.jit(do_not_specialize=("keep",))
+def _limit_kernel(
+    mass,
+    counts,
+    limits,
+    ties,
+    mass_width,
+    pending_width,
+    keep,
+    QUERIES: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The mass, as an integer, from which a query chooses; and the column before which it takes masses just below.
+
+    Floats of one sign order as their bits do, so the limit is found by an eightfold search over integers.
+    """
+    strip = tl.program_id(1).to(tl.int64)
+    place = strip * QUERIES + tl.program_id(0) * LINES + tl.arange(0, LINES)
+    width = pending_width + tl.load(counts + strip)
+    column = tl.arange(0, BLOCK)
+    at = place[:, None] * mass_width + column[None, :]
+    allowed = tl.zeros([LINES, BLOCK], tl.int32)
+    highest = tl.full([LINES, BLOCK], -1, tl.int32)
+    for start in range(0, width, BLOCK):
+        bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
+        allowed += (bits >= 0).to(tl.int32)
+        highest = tl.maximum(highest, bits)
+    # More than `keep` masses are at least `low`; `above`, at most `keep`, are at least `high`.
+    few = tl.sum(allowed, 1) <= keep
+    low = tl.zeros([LINES], tl.int32)
+    high = tl.where(few, 0, tl.max(highest, 1) + 1)
+    above = tl.where(few, keep, 0)
+    while tl.max(((high - low > 1) & (above < keep)).to(tl.int32), 0) > 0:
+        step = (high - low + 7) // 8
+        steps = low[:, None] + (tl.arange(0, 8) + 1)[None, :] * step[:, None]
+        found = tl.zeros([LINES, BLOCK, 8], tl.int32)
+        for start in range(0, width, BLOCK):
+            bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0)
+            found += (bits.to(tl.int32, bitcast=True)[:, :, None] >= steps[:, None, :]).to(tl.int32)
+        many = tl.sum(found, 1)  # (LINES, 8), falling
+        passed = tl.sum((many > keep).to(tl.int32), 1)
+        above = tl.maximum(above, tl.max(tl.where(many > keep, 0, many), 1))
+        high = tl.minimum(high, low + (passed + 1) * step)
+        low = low + passed * step
+    cut = tl.zeros([LINES], tl.int32)
+    if tl.max(keep - above, 0) > 0:  # equal masses at the limit: the lower columns first
+        seen = tl.zeros([LINES], tl.int32)
+        for start in range(0, width, BLOCK):
+            bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0)
+            equal = (bits.to(tl.int32, bitcast=True) == low[:, None]).to(tl.int32)
+            rank = seen[:, None] + tl.cumsum(equal, 1)
+            last = (equal == 1) & (rank == (keep - above)[:, None])
+            cut = tl.maximum(cut, tl.max(tl.where(last, start + 1 + column[None, :], 0), 1))
+            seen += tl.sum(equal, 1)
+    tl.store(limits + place, high)
+    tl.store(ties + place, cut)
+
+
+@triton.jit
+def _mark_kernel(
+    mass,
+    counts,
+    limits,
+    ties,
+    words,
+    listed,
+    listed_counts,
+    width,
+    pending_width,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A strip's choices: a word a candidate with a bit for each query, and the archive columns that any query chose."""
+    line = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, QUERIES)
+    limit = tl.load(limits + line * QUERIES + lane)[:, None]
+    cut = tl.load(ties + line * QUERIES + lane)[:, None]
+    rows = mass + (line * QUERIES + lane)[:, None] * width
+    end = pending_width + tl.load(counts + line)
+    found = tl.zeros([], tl.int32)
+    for start in range(0, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < end
+        bits = tl.load(rows + column[None, :], mask=inside[None, :], other=-1.0).to(tl.int32, bitcast=True)
+        chosen = (bits >= 0) & ((bits >= limit) | ((bits == limit - 1) & (column[None, :] < cut)))
+        word = tl.sum(chosen.to(tl.int64) << lane[:, None].to(tl.int64), 0)
+        tl.store(words + line * width + column, word, mask=inside)
+        some = inside & (word != 0) & (column >= pending_width)
+        rank = found + tl.cumsum(some.to(tl.int32), 0) - 1
+        tl.store(listed + line * width + rank, column - pending_width, mask=some)
+        found += tl.sum(some.to(tl.int32), 0)
+    tl.store(listed_counts + line, found)
