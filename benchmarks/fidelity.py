@@ -33,7 +33,8 @@ _SIMULATED: dict[str, Any] = {}
 
 def simulated_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     """The attention function "simulated": whole sequences, no cache."""
-    config = _SIMULATED["config"].of_layer(module.layer_idx, module.config.num_hidden_layers)
+    layers, repeats = module.config.num_hidden_layers, query.shape[1] // key.shape[1]
+    config = _SIMULATED["config"].of_layer(module.layer_idx, layers, repeats)
     frequencies = inverse_frequencies(module.config, module.layer_idx) if config.summary == "mixed_rope" else None
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     out = simulate(config, query[0], key[0], value[0], scale, frequencies)

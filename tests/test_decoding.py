@@ -222,13 +222,20 @@ TINY = LlamaConfig(
 )
 
 
+@pytest.mark.parametrize(("repeats", "apart"), [(1, 24), (2, 24), (3, 16), (4, 12), (6, 8), (7, 8), (16, 8)])
+def test_mixed_layers_are_the_fewer_the_more_heads_share_keys(repeats: int, apart: int) -> None:
+    config = CONFIGS["two levels"].replace(selection="mixed")
+    choices = [config.of_layer(index, 24, repeats).selectors(repeats) for index in range(24)]
+    assert choices == [1] * (24 - apart) + [repeats] * apart
+
+
 @torch.no_grad()
 def test_mixed_layers_choose_as_their_own_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The last third of the layers per head, by kernels as by PyTorch, in forks and in saved contexts."""
+    """With R = 3 two thirds of the layers per head, by kernels as by PyTorch, in forks and in saved contexts."""
     monkeypatch.setattr(step, "_can_capture", lambda model: False)
     config = CONFIGS["two levels"].replace(selection="mixed")
     model = LlamaForCausalLM(
-        LlamaConfig(**TINY.to_dict() | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2})
+        LlamaConfig(**TINY.to_dict() | {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2})
     )
     model.to(DEVICE).eval()
     ids = torch.randint(1, 64, (1, 130), device=DEVICE)
@@ -236,13 +243,13 @@ def test_mixed_layers_choose_as_their_own_rule_says(monkeypatch: pytest.MonkeyPa
     with hga.enabled(model, config):
         cache = hga.HGACache(model.config, config)
         model(ids[:, :120], past_key_values=cache)
-        assert [one.hga_config.selection for one in cache.routed] == ["shared", "shared", "per_head"]
+        assert [one.hga_config.selection for one in cache.routed] == ["shared", "per_head", "per_head"]
         saved = cache.save(tmp_path / "context.hga", model, ids[0, :120])
         loaded = hga.HGACache.load(saved.path, model, store="ram")
         for by_kernels in (True, False):
             monkeypatch.setattr(layer, "kernels_serve", lambda *args, by_kernels=by_kernels: by_kernels)
             for one in (cache.fork(), loaded.fork()):
-                assert [each.hga_config.selection for each in one.routed] == ["shared", "shared", "per_head"]
+                assert [each.hga_config.selection for each in one.routed] == ["shared", "per_head", "per_head"]
                 logits.append([model(ids[:, at : at + 1], past_key_values=one).logits for at in (120, 121)])
                 assert (one.stepper is not None) == by_kernels
     for other in logits[1:]:

@@ -14,7 +14,7 @@ from hga.store import MemoryStore
 def _config(preset: str, chunk: int) -> HGAConfig:
     if preset == "paper":
         return HGAConfig.preset("paper", prefill="routed", budget_tokens=704)
-    return HGAConfig.preset(preset, prefill="routed", budget_tokens=128, chunk_size=chunk).of_layer(2, 3)
+    return HGAConfig.preset(preset, prefill="routed", budget_tokens=128, chunk_size=chunk).of_layer(2, 3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

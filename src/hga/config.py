@@ -45,7 +45,8 @@ class HGAConfig:
     summary: "mean" of the stored keys, or the paper's "mixed_rope" mean (by position only).
     far_field: whether unopened tokens take part through their summaries (the paper: no).
     selection: the R query heads of a KV head share one choice ("shared"), or each makes its own ("per_head"), or they
-        share it but in the last third of the model's layers ("mixed"), where it tells most on Qwen (docs/fidelity.md).
+        share it but in the model's last layers ("mixed"): as many as make what is fetched half as much again, a third
+        where R is 6 or more, 2/R of all where it is less (docs/fidelity.md).
     summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
@@ -106,11 +107,12 @@ class HGAConfig:
         wanted = self.overselection * max(1, self.routed_groups) * self.group_size
         return max(1, -(-wanted // self.node_size))
 
-    def of_layer(self, index: int, layers: int) -> HGAConfig:
-        """The config of one of a model's `layers`: as this one, its selection never "mixed"."""
+    def of_layer(self, index: int, layers: int, repeats: int) -> HGAConfig:
+        """The config of one of a model's `layers`, R = `repeats`: as this one, its selection never "mixed"."""
         if self.selection != "mixed":
             return self
-        return self.replace(selection="per_head" if index >= layers - round(layers / 3) else "shared")
+        share = max(1 / 3, min(1.0, 2 / repeats))  # the more heads choose apart, the more they fetch between them
+        return self.replace(selection="per_head" if index >= layers - round(layers * share) else "shared")
 
     def selectors(self, repeats: int) -> int:
         """Choices that the `repeats` query heads of a KV head make. ValueError for "mixed", which differs by layer."""

@@ -266,8 +266,8 @@ class _Needs:
 
     def slots(self, layer: int, archived: int) -> int:
         """Groups that a layer caches beside the model while it decodes, and the tables that say where they are."""
-        config = self.config.of_layer(layer, len(self.cache_layers))
         repeats = self.decoder.num_attention_heads // self.decoder.num_key_value_heads
+        config = self.config.of_layer(layer, len(self.cache_layers), repeats)
         choices = max(2, config.selectors(repeats))
         groups = archived // config.group_size
         cached = min(groups, choices * config.routed_groups)

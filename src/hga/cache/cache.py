@@ -407,7 +407,7 @@ class HGACache(DynamicCache):
                 model_config=decoder,
                 routed_layers=len(routed),
             )
-            of_layer = self.hga_config.of_layer(index, len(self.layers))
+            of_layer = self.hga_config.of_layer(index, len(self.layers), shape.query_heads // shape.kv_heads)
             self.layers[index] = HGALayer(of_layer, index, shape, self._handshake, self.decoding)
 
 

@@ -116,9 +116,10 @@ def _recording_attention(
     if not is_routed(module.layer_idx, key, attention_mask, kwargs):
         return out, weights
     tiles = list(tiles_of(module, query, key, value, {}, **kwargs))  # those measured keep their logits for all rules
+    repeats = query.shape[1] // key.shape[1]
     for name, rule in rules.items():
         if isinstance(rule, HGAConfig):
-            rule = RoutedRule.of(rule.of_layer(module.layer_idx, module.config.num_hidden_layers))
+            rule = RoutedRule.of(rule.of_layer(module.layer_idx, module.config.num_hidden_layers, repeats))
         notes: dict[str, Tensor] = {}  # of this rule and layer
         for tile in tiles:
             tile.notes = notes
