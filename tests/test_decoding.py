@@ -235,7 +235,10 @@ def test_mixed_layers_choose_as_their_own_rule_says(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(step, "_can_capture", lambda model: False)
     config = CONFIGS["two levels"].replace(selection="mixed")
     model = LlamaForCausalLM(
-        LlamaConfig(**TINY.to_dict() | {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2})
+        LlamaConfig(
+            **TINY.to_dict()
+            | {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+        )
     )
     model.to(DEVICE).eval()
     ids = torch.randint(1, 64, (1, 130), device=DEVICE)
