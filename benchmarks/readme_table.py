@@ -36,7 +36,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     """Markdown for the README: a line for each model and length, means over the documents."""
     lines = ["| model, tokens | " + " | ".join(_RULES) + " |", "| --- |" + " --- |" * len(_RULES)]
     for model, tokens in _measured(rows):
-        if tokens < _LEAST_TOKENS:
+        if tokens < _LEAST_TOKENS or model != _best_measured(rows, model, tokens):
             continue
         cells = [_mean(_of(rows, model, tokens, rule)) for rule in _RULES]
         lines.append(f"| {model}, {tokens // 1024}K | " + " | ".join(cells) + " |")
@@ -63,11 +63,26 @@ def document_table(rows: list[dict[str, Any]]) -> str:
 
 def _measured(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
     """Models and lengths that `balanced` was measured on, in the rows' order."""
-    return list(dict.fromkeys((row["model"], row["tokens"]) for row in rows if row["rule"] == "balanced"))
+    return list(dict.fromkeys((_name(row), row["tokens"]) for row in rows if row["rule"] == "balanced"))
+
+
+def _best_measured(rows: list[dict[str, Any]], name: str, tokens: int) -> str:
+    """Of a model's types at a length, the one that most rules were measured in; float32 of two alike."""
+    model = name.partition(" in ")[0]
+    return max((f"{model}{suffix}" for suffix in ("", " in bfloat16")), key=lambda one: _rules(rows, one, tokens))
+
+
+def _rules(rows: list[dict[str, Any]], name: str, tokens: int) -> int:
+    return sum(bool(_of(rows, name, tokens, rule)) for rule in _RULES)
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The model, and its type where that is not float32."""
+    return f"{row['model']} in {row['dtype']}" if "dtype" in row else str(row["model"])
 
 
 def _of(rows: list[dict[str, Any]], model: str, tokens: int, rule: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["model"], row["tokens"], row["rule"]) == (model, tokens, rule)]
+    return [row for row in rows if (_name(row), row["tokens"], row["rule"]) == (model, tokens, rule)]
 
 
 def _cell(row: dict[str, Any]) -> str:
