@@ -194,7 +194,7 @@ def main() -> None:
         dense = time_dense(context, options.repeats, swept)
         print(json.dumps({"rule": "dense", "context": context, "median_us": round(dense, 1), **machine}), flush=True)
         for name in options.rules.split(","):
-            config = hga.HGAConfig.preset(name).of_layer(2, 3, REPEATS)  # of "mixed", a layer of the last third
+            config = hga.HGAConfig.preset(name).of_layer(2, 3, REPEATS)  # of "mixed", a layer whose heads choose apart
             row = time_routed(config, context, options.repeats, options.drift, swept)
             row = {
                 "rule": name,

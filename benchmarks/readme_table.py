@@ -67,13 +67,10 @@ def _measured(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _best_measured(rows: list[dict[str, Any]], name: str, tokens: int) -> str:
-    """Of a model's types at a length, the one that most rules were measured in; float32 of two alike."""
-    model = name.partition(" in ")[0]
-    return max((f"{model}{suffix}" for suffix in ("", " in bfloat16")), key=lambda one: _rules(rows, one, tokens))
-
-
-def _rules(rows: list[dict[str, Any]], name: str, tokens: int) -> int:
-    return sum(bool(_of(rows, name, tokens, rule)) for rule in _RULES)
+    """Of the types that this model was measured in at a length, the one with most rules; the first of those alike."""
+    models = {_name(row): row["model"] for row in rows}
+    alike = sorted({one for one, model in models.items() if model == models[name]})
+    return max(alike, key=lambda one: sum(bool(_of(rows, one, tokens, rule)) for rule in _RULES))
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -81,8 +78,8 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['model']} in {row['dtype']}" if "dtype" in row else str(row["model"])
 
 
-def _of(rows: list[dict[str, Any]], model: str, tokens: int, rule: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (_name(row), row["tokens"], row["rule"]) == (model, tokens, rule)]
+def _of(rows: list[dict[str, Any]], name: str, tokens: int, rule: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (_name(row), row["tokens"], row["rule"]) == (name, tokens, rule)]
 
 
 def _cell(row: dict[str, Any]) -> str:

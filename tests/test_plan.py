@@ -9,6 +9,7 @@ from tiny_model import tiny_config, tiny_model
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
 
 import hga
+from hga.cache.layout import archived_chunks
 from hga.config import PRESETS
 from hga.plan import GIB, find_config, plan
 
@@ -58,6 +59,13 @@ def test_dense_beginning_counts_for_the_peak():
     routed, auto = SMALL, SMALL.replace(prefill="auto", budget_tokens=24_000)
     contexts = 100_000
     assert plan(tiny_config(), auto, contexts).peak_bytes > plan(tiny_config(), routed, contexts).peak_bytes
+
+
+def test_masses_of_heads_that_choose_apart_count_where_no_batch_can_cut_them():
+    config, tokens = find_config("qwen3-30b-a3b"), 1 << 20  # R = 8
+    shared, apart = (plan(config, hga.HGAConfig.preset(name), tokens).buffer_bytes for name in ("balanced", "mixed"))
+    groups = archived_chunks(hga.HGAConfig(), tokens) * 128
+    assert apart - shared == 8 * 4 * 64 * groups - (3 << 28)
 
 
 def test_longest_context_is_the_longest():

@@ -156,6 +156,23 @@ def test_batches_do_not_change_the_result(name, monkeypatch):
     assert counts[1].tolist() == counts[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["two levels", "per head, two levels"])
+def test_masses_of_a_strip_fit_the_scratch(name, monkeypatch):
+    """KV heads go by in batches, too: where each query head chooses, one strip of all is R times as large."""
+    config = CONFIGS[name]
+    block = cast(take_block(config, 180, 230, None), torch.float32)
+    strips = kernels.cut_strips(config, block.query[:1], 180, 0, {"scale": 1.0, "SOFTCAP": 0.0})
+    groups = block.closed.records.shape[0] * config.chunk_size // config.group_size
+    scratch_bytes = 4 * strips.heads * strips.constants["QUERIES"] * groups
+    attended, attend = [], kernels._attend_heads
+    monkeypatch.setattr(kernels, "_attend_heads", lambda *given: attended.append(len(given[1])) or attend(*given))
+    for room, heads in ((2 * scratch_bytes, [2]), (2 * scratch_bytes - 1, [1, 1])):
+        attended.clear()
+        monkeypatch.setattr(kernels, "SCRATCH_BYTES", room)
+        route(kernels.attend_prefill_routed, config, block, None)
+        assert attended == heads
+
+
 def test_choices_are_the_best_and_the_lowest():
     """The kernels' own selection, with masses that tie, queries that may choose little and queries that may nothing."""
     marks = pytest.importorskip("hga.ops.kernels.prefill_marks")

@@ -45,8 +45,8 @@ class HGAConfig:
     summary: "mean" of the stored keys, or the paper's "mixed_rope" mean (by position only).
     far_field: whether unopened tokens take part through their summaries (the paper: no).
     selection: the R query heads of a KV head share one choice ("shared"), or each makes its own ("per_head"), or they
-        share it but in the model's last layers ("mixed"): as many as make what is fetched half as much again, a third
-        where R is 6 or more, 2/R of all where it is less (docs/fidelity.md).
+        share it but in the model's last layers ("mixed"): a third of them where R is 6 or more, 2/R of them where it is
+        less, so that all models fetch 1.4 to 1.9 times as much (docs/fidelity.md).
     summary_dtype: "auto" is one width below the K/V's: float32 -> bfloat16, 16 bits -> fp8 with a scale a row.
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to

@@ -279,8 +279,14 @@ class _Needs:
         nodes = self.archived(context) // self.config.node_size
         decoded = 4 * DECODED_AT_ONCE * self.decoder.num_key_value_heads * self.head_dim
         scores = 4 * 4 * max(NUMBERS_AT_ONCE, nodes * self.decoder.num_attention_heads)
-        by_kernels = min(_PREFILL_SCRATCH_BYTES, scores * TILE_TOKENS)
+        by_kernels = max(min(_PREFILL_SCRATCH_BYTES, scores * TILE_TOKENS), self.strip_masses(context))
         return self.activation_bytes + (decoded + scores + by_kernels if nodes else 0)
+
+    def strip_masses(self, context: int) -> int:
+        """What a routed prefill by kernels cannot cut further: the masses of one KV head's choices for a tile."""
+        layers, repeats = len(self.cache_layers), self.decoder.num_attention_heads // self.decoder.num_key_value_heads
+        choices = self.config.of_layer(layers - 1, layers, repeats).selectors(repeats)
+        return 4 * TILE_TOKENS * choices * self.archived(context) // self.config.group_size
 
     @property
     def activation_bytes(self) -> int:

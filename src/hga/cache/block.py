@@ -84,5 +84,5 @@ def attend_routed_block(
     heads, repeats, tokens, _ = query.shape
     opened = query.new_empty(heads, tokens, dtype=torch.int32) if config.selectors(repeats) > 1 else None
     output = attend_prefill_routed(config, query, *near, closed, first, scoring.scale, scoring.softcap, opened=opened)
-    unique = None if opened is None else opened.double().mean(0) * config.group_size
+    unique = None if opened is None else opened.cpu().double().mean(0) * config.group_size
     return add_sinks(output, scoring.sinks), unique

@@ -9,6 +9,7 @@ import mmap
 import re
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class HostRoomError(MemoryError):
 
 def check_host_room(wanted_bytes: int, purpose: str, reserve_bytes: int = RESERVE_BYTES) -> None:
     """HostRoomError if `wanted_bytes` more for `purpose` would leave the host less than `reserve_bytes`."""
+    _unpin_what_was_left()
     available = available_host_bytes()
     if available is not None and wanted_bytes > available - reserve_bytes:
         raise HostRoomError(
@@ -174,7 +176,6 @@ def allocate_host(size_bytes: int, gpu: torch.device | None = None) -> HostBlock
     If the driver refuses to lock it, the block is pageable and one warning a process says so. MemoryError if the
     system refuses the bytes themselves.
     """
-    _unpin_what_was_left()
     try:
         mapping = _Mapping(-1, size_bytes, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
@@ -223,12 +224,15 @@ class _Mapping(mmap.mmap):
             _LOCKED_STILL.append(self)  # unmapped while it is locked, its addresses could never be locked again
 
 
-_LOCKED_STILL: list[_Mapping] = []
+_LOCKED_STILL: deque[_Mapping] = deque()
 
 
 def _unpin_what_was_left() -> None:
     for _ in range(len(_LOCKED_STILL)):
-        mapping = _LOCKED_STILL.pop(0)
+        try:
+            mapping = _LOCKED_STILL.popleft()
+        except IndexError:  # another thread was faster
+            return
         if not mapping.unpin():
             _LOCKED_STILL.append(mapping)
 
@@ -246,9 +250,9 @@ def _register(address: int, size_bytes: int, gpu: torch.device) -> str | None:
 
 def _unregister(addresses: tuple[int, ...], gpu: torch.device) -> tuple[int, ...]:
     """Unlock memory once nothing on the GPU copies from it or reads it any more; returns what is locked still."""
-    if torch.cuda.is_current_stream_capturing():  # to wait for the GPU would end the capture
-        return addresses
     try:
+        if torch.cuda.is_current_stream_capturing():  # to wait for the GPU would end the capture
+            return addresses
         torch.cuda.synchronize(gpu)
     except RuntimeError:  # another thread captures, or the GPU has failed
         return addresses

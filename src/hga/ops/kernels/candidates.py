@@ -18,7 +18,6 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.coding import Codes
 from hga.ops.kernels.flash import LOG2_E, cap_logits, load_rows
-from hga.ops.kernels.strips import Strips
 from hga.ops.nibbles import decode_either
 from hga.ops.precision import Rows
 from hga.ops.prefill_routed import ClosedChunks
@@ -114,39 +113,6 @@ def unit_arguments(units: Units, means: Means | None, like: Tensor) -> tuple[Any
     rest = keys if means is None or means.keys_rest is None else means.keys_rest
     scales = like if units.scales is None else units.scales
     return (keys, rest, keys.shape[1], units.keys, scales, *units.keys.stride()[:2], scales.stride(0))
-
-
-def count_unions(
-    strips: Strips, start: int, opened: Chosen, counts: Tensor, within: tuple[Chosen, int] | None, into: Tensor
-) -> None:
-    """How many groups the heads of a KV head opened between them, for each query of the strips from `start` on.
-
-    counts int32 (S, H): archive columns of these strips. within: the chosen nodes, and groups a node, where a column is
-    a group of a chosen node. into: int32 (Hkv, T), of which the strips' part is written.
-    """
-    queries, pending = strips.constants["QUERIES"], strips.constants["PENDING_WIDTH"]
-    number, heads, width = opened.words.shape
-    repeats = heads // into.shape[0]
-    column = torch.arange(width, device=into.device)
-    real = column < pending + counts[..., None]  # what follows the last column was never written
-    place = column.expand(number, heads, width)
-    if within is not None:
-        nodes, per_node = within
-        archived = (column - pending).clamp(min=0)
-        node = nodes.listed.gather(-1, (archived // per_node).expand_as(place).where(real, 0))
-        place = torch.where(column < pending, column, pending + node * per_node + archived % per_node)
-    units = int(torch.where(real, place, 0).max()) + 1
-    place = torch.where(real, place, units).unflatten(1, (-1, repeats))
-    words = opened.words.unflatten(1, (-1, repeats))
-    union = words.new_zeros(number, heads // repeats, units + 1)  # the last takes what is no column
-    for head in range(repeats):
-        here = place[:, :, head]
-        union.scatter_(-1, here, union.gather(-1, here) | words[:, :, head])
-    found = torch.stack([(union[..., :units] >> lane & 1).sum(-1) for lane in range(queries)], -1)  # (S, Hkv, queries)
-    found = found.transpose(0, 1).flatten(1)
-    first = (strips.first // queries + start) * queries - strips.first  # a block may begin and end within a strip
-    begin, end = max(0, first), min(into.shape[1], first + number * queries)
-    into[:, begin:end] = found[:, begin - first : end - first]
 
 
 @triton.jit

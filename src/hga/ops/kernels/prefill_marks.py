@@ -1,4 +1,4 @@
-"""Triton kernels that mark, for each query of a strip, the candidates with the largest masses."""
+"""Triton kernels that mark, for each query of a strip, the candidates with the largest masses; what R heads marked."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga.ops.kernels.candidates import Chosen
+from hga.ops.kernels.strips import Strips
 
 _SELECTED_AT_ONCE = 2048
 _MARKED_AT_ONCE = 8192
@@ -50,6 +51,44 @@ def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, ch
         BLOCK=max(64, _MARKED_AT_ONCE // queries),
         num_warps=8,
     )
+
+
+def count_unions(
+    strips: Strips,
+    start: int,
+    opened: Chosen,
+    counts: Tensor,
+    within: tuple[Chosen, int] | None,
+    groups: int,
+    into: Tensor,
+) -> None:
+    """How many groups the heads of a KV head opened between them, for each query of the strips from `start` on.
+
+    counts int32 (S, H): archive columns of these strips. within: the chosen nodes, and groups a node, where a column is
+    a group of a chosen node. groups: of the archive. into: int32 (Hkv, T), of which the strips' part is written.
+    """
+    queries, pending = strips.constants["QUERIES"], strips.constants["PENDING_WIDTH"]
+    number, heads, width = opened.words.shape
+    repeats = heads // into.shape[0]
+    column = torch.arange(width, device=into.device)
+    archived = (column - pending).clamp(min=0)
+    union = opened.words.new_zeros(number, into.shape[0], pending + groups + 1)  # the last takes what is no column
+    for head in range(repeats):
+        words = opened.words[:, head::repeats]  # (S, Hkv, W)
+        real = column < pending + counts[:, head::repeats, None]  # what follows the last column was never written
+        place = column
+        if within is not None:
+            nodes, per_node = within
+            node = nodes.listed[:, head::repeats].gather(-1, (archived // per_node).where(real, 0))
+            place = torch.where(column < pending, column, pending + node * per_node + archived % per_node)
+        place = torch.where(real, place, pending + groups)
+        union.scatter_(-1, place, union.gather(-1, place) | words)
+    union = union[..., :-1]
+    found = torch.stack([(union >> lane & 1).sum(-1) for lane in range(queries)], -1)  # (S, Hkv, queries)
+    found = found.transpose(0, 1).flatten(1)
+    first = (strips.first // queries + start) * queries - strips.first  # a block may begin and end within a strip
+    begin, end = max(0, first), min(into.shape[1], first + number * queries)
+    into[:, begin:end] = found[:, begin - first : end - first]
 
 
 @triton.jit(do_not_specialize=("keep",))

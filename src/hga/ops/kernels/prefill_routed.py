@@ -17,8 +17,9 @@ from torch import Tensor
 from hga.config import HGAConfig
 from hga.ops.attention import Output
 from hga.ops.coding import NUMBERS_PER_BYTE, Codes
-from hga.ops.kernels.candidates import Archived, Chosen, Means, count_unions, decode_summaries, mean_groups
+from hga.ops.kernels.candidates import Archived, Chosen, Means, decode_summaries, mean_groups
 from hga.ops.kernels.prefill_choice import choose_units
+from hga.ops.kernels.prefill_marks import count_unions
 from hga.ops.kernels.strip_attention import attend_strip_kernel
 from hga.ops.kernels.strips import Strips, cut_strips
 from hga.ops.nibbles import Nibbles
@@ -48,8 +49,14 @@ def attend_prefill_routed(
     """
     before = check_block(config, query, near_keys, closed, first)
     output = nothing_attended(query)
+    scoring = {"scale": scale, "SOFTCAP": softcap or 0.0}
     heads = query.shape[0]
-    step = heads if closed is None else max(1, SCRATCH_BYTES * heads // max(1, _decoded_bytes(closed, query.dtype)))
+    step = heads
+    if closed is not None:
+        one = cut_strips(config, query[:1], first, before, scoring)
+        groups = closed.records.shape[0] * config.chunk_size // config.group_size
+        mass_bytes = 4 * one.heads * one.constants["QUERIES"] * groups  # of one strip and KV head
+        step = max(1, SCRATCH_BYTES // max(1, mass_bytes, _decoded_bytes(closed, query.dtype) // heads))
     for start in range(0, heads, step):
         here = slice(start, start + step)
         _attend_heads(
@@ -60,7 +67,7 @@ def attend_prefill_routed(
             None if closed is None else _take_heads(closed, here),
             first,
             before,
-            {"scale": scale, "SOFTCAP": softcap or 0.0},
+            scoring,
             inverse_frequencies,
             Output(*(x[here] for x in output)),
             None if opened is None else opened[here],
@@ -90,7 +97,7 @@ def _attend_heads(
     chunks = closed_chunks(config, first + query.shape[2] - 1)
     archived = decode_summaries(config, closed, chunks, query)
     nodes, per_node = chunks * config.chunk_size // config.node_size, config.node_size // config.group_size
-    groups = nodes * per_node
+    groups = archived_groups = nodes * per_node
     if config.two_level:
         queries = strips.constants["QUERIES"] * strips.constants["REPEATS"]
         groups = min(groups, queries * config.candidate_nodes * per_node)
@@ -112,7 +119,7 @@ def _attend_heads(
             strips, start, stop, archived.groups, counts, width, config.routed_groups, SCRATCH_BYTES, means, within
         )
         if unions is not None:
-            count_unions(strips, start, opened, counts, within, unions)
+            count_unions(strips, start, opened, counts, within, archived_groups, unions)
         near = (near_keys, near_values)
         choices = (opened, chosen_nodes, counts, node_counts)
         _attend_strips(config, strips, start, stop, near, means, closed, archived, choices, output)
