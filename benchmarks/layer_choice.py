@@ -5,7 +5,7 @@
 `balanced` at 1/32 of the context, every token routed; in the last share of the layers the R query heads of a KV head
 choose apart ("per_head"), in the others together. One JSON line a share: distance from dense on the second half, and
 what is attended and fetched. --nodes-together: heads that choose groups apart choose nodes together, which would let a
-kernel decode a group's code once for all of them.
+kernel decode a group's code once for all of them. --apart-tokens: their budget, for a comparison at equal fetches.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from hga.evals.rule import resolve_rules
 from hga.models import load_model
 
 
-def mixed_cache(share: Fraction, **arguments: Any) -> HGACache:
-    """A cache whose last layers, `share` of all, choose per head."""
+def mixed_cache(share: Fraction, apart_tokens: int | None, **arguments: Any) -> HGACache:
+    """A cache whose last layers, `share` of all, choose per head, within a budget of their own."""
     cache = HGACache(**arguments)
     first = round(len(cache.layers) * (1 - share))
     for layer in cache.routed:
         if layer.layer_idx >= first:
-            layer.hga_config = layer.hga_config.replace(selection="per_head")
+            budget = apart_tokens or layer.hga_config.budget_tokens
+            layer.hga_config = layer.hga_config.replace(selection="per_head", budget_tokens=budget)
     return cache
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--layers", default="0,1/6,1/3,1", help="shares of the layers, from the last on")
     parser.add_argument("--overselection", type=int, default=8)
     parser.add_argument("--nodes-together", action="store_true")
+    parser.add_argument("--apart-tokens", type=int, help="budget of the layers that choose apart")
     options = parser.parse_args()
     if options.nodes_together:
         routed.score_archive = score_archive_together
@@ -64,12 +66,13 @@ def main() -> None:
     rule = rule.replace(overselection=options.overselection)
     _, dense = score_rule(model, ids, "dense", None, None)
     for share in map(Fraction, options.layers.split(",")):
-        with patch("hga.HGACache", partial(mixed_cache, share)):
+        with patch("hga.HGACache", partial(mixed_cache, share, options.apart_tokens)):
             score, _ = score_rule(model, ids, "balanced", rule, dense)
         found = {name: score.row()[name] for name in ("gap_nats", "se_nats", "kl_mean", "kl_se", "attended", "fetched")}
         about = {"model": Path(options.model).name, "document": options.document.name, "tokens": options.tokens}
         about |= {"budget": str(options.budget), "per_head_layers": str(share)}
         about |= {"overselection": options.overselection, "nodes_together": options.nodes_together}
+        about |= {"apart_tokens": options.apart_tokens}
         print(json.dumps(about | found), flush=True)
 
 
