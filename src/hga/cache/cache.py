@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hga.cache.decoding import Decoding
 from hga.cache.families import check_model_config, routed_layers
 from hga.cache.layer import Handshake, HGALayer
-from hga.cache.layout import summary_bytes_per_token
 from hga.cache.rope import inverse_frequencies, position_limit
 from hga.cache.shape import LayerShape
+from hga.cache.stats import CacheStats, count_layers
 from hga.config import HGAConfig
-from hga.store import StoreStats
 from hga.store.host import check_host_room
 from hga.store.scratch import check_disk_room
-from hga.store.traffic import add_up
 
 if TYPE_CHECKING:
     from hga.cache.saved import Report, SavedContext
@@ -33,34 +30,6 @@ if TYPE_CHECKING:
 
 def _no_report(done_bytes: int, all_bytes: int) -> None:
     """Nobody watches."""
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache holds where, in bytes, and what its queries attended.
-
-    tokens: tokens seen by a row, padding included. summary_bytes, window_bytes (sink, window, unclosed tokens),
-    working_bytes (most K/V fetched at once, groups cached for decoding): beside the model; device_bytes is their
-    sum, plus the archive when store="device". store_bytes: the archive. kv_bytes: what dense K/V of the routed
-    layers would take. summary_share: summary bytes over K/V bytes of an archived token. attended: mean share of
-    the context attended exactly by a query head; fetched: the same for the unique tokens of a KV head. hit_rate:
-    share of the groups that decoding kernels found cached beside the model, 0 where none has run. storage: reads,
-    writes and RAM hits of an archive on NVMe, all layers added up; None for other stores.
-    """
-
-    tokens: int
-    summary_bytes: int
-    window_bytes: int
-    working_bytes: int
-    device_bytes: int
-    store_bytes: int
-    kv_bytes: int
-    summary_share: float
-    queries: int
-    attended: float
-    fetched: float
-    hit_rate: float
-    storage: StoreStats | None = None
 
 
 class HGACache(DynamicCache):
@@ -96,38 +65,7 @@ class HGACache(DynamicCache):
 
     def stats(self) -> CacheStats:
         """Bytes by place, and the averages over all routed layers since the last `reset_counters`."""
-        layers = self.routed
-        summaries = sum(layer.summary_bytes() for layer in layers)
-        windows = sum(layer.window_bytes() for layer in layers)
-        # Fetched K/V of one layer at a time; what decoding keeps is there for all layers at once.
-        working = max((layer.counters.working_bytes for layer in layers), default=0)
-        working += sum(layer.cached_bytes() for layer in layers) + self.decoding.held_bytes()
-        traffic = [layer.traffic() for layer in layers]
-        hits, asked = sum(hit for hit, _, _ in traffic), sum(hit + miss for hit, miss, _ in traffic)
-        held = [layer.store_bytes() for layer in layers]
-        beside = summaries + windows + working + sum(tiers.get("device", 0) for tiers in held)
-        queries = sum(layer.counters.queries for layer in layers)
-        started = next((layer for layer in layers if layer.is_initialized), None)
-        width = 0 if started is None else 2 * started.shape.head_dim * started.dtype.itemsize
-        files = [counted for layer in layers if (counted := layer.store_traffic()) is not None]
-        share = 0.0
-        if started is not None:
-            share = summary_bytes_per_token(self.hga_config, started.shape.head_dim, started.dtype) / width
-        return CacheStats(
-            tokens=self.get_seq_length(),
-            summary_bytes=summaries,
-            window_bytes=windows,
-            working_bytes=working,
-            device_bytes=beside,
-            store_bytes=sum(sum(tiers.values()) for tiers in held),
-            kv_bytes=sum(row.length * layer.shape.kv_heads * width for layer in layers for row in layer.rows),
-            summary_share=share,
-            queries=queries // max(1, len(layers)),
-            attended=sum(layer.counters.attended for layer in layers) / max(1, queries),
-            fetched=sum(layer.counters.fetched for layer in layers) / max(1, queries),
-            hit_rate=hits / max(1, asked),
-            storage=add_up(files) if files else None,
-        )
+        return count_layers(self.hga_config, self.routed, self.decoding, self.get_seq_length())
 
     def held_bytes(self, counted: set[int]) -> dict[str, int]:
         """Bytes by tier, "device" being beside the model, of what no other cache was asked for before, slack included.
