@@ -266,13 +266,15 @@ class _Needs:
 
     def slots(self, layer: int, archived: int) -> int:
         """Groups that a layer caches beside the model while it decodes, and the tables that say where they are."""
-        repeats = self.decoder.num_attention_heads // self.decoder.num_key_value_heads
-        config = self.config.of_layer(layer, len(self.cache_layers), repeats)
-        choices = max(2, config.selectors(repeats))
-        groups = archived // config.group_size
-        cached = min(groups, choices * config.routed_groups)
+        groups = archived // self.config.group_size
+        cached = min(groups, max(2, self.choices(layer)) * self.config.routed_groups)
         tables = 4 * self.decoder.num_key_value_heads * (groups + 5 * cached)
-        return int(cached * config.group_size * self.row_bytes + tables)
+        return int(cached * self.config.group_size * self.row_bytes + tables)
+
+    def choices(self, layer: int) -> int:
+        """How many choices the query heads of a KV head make in a layer."""
+        repeats: int = self.decoder.num_attention_heads // self.decoder.num_key_value_heads
+        return self.config.of_layer(layer, len(self.cache_layers), repeats).selectors(repeats)
 
     def buffers(self, context: int) -> int:
         """Activations of a block, and what routing one layer computes: scores, and a block of decoded summaries."""
@@ -284,9 +286,8 @@ class _Needs:
 
     def strip_masses(self, context: int) -> int:
         """What a routed prefill by kernels cannot cut further: the masses of one KV head's choices for a tile."""
-        layers, repeats = len(self.cache_layers), self.decoder.num_attention_heads // self.decoder.num_key_value_heads
-        choices = self.config.of_layer(layers - 1, layers, repeats).selectors(repeats)
-        return 4 * TILE_TOKENS * choices * self.archived(context) // self.config.group_size
+        most = self.choices(len(self.cache_layers) - 1)
+        return 4 * TILE_TOKENS * most * self.archived(context) // self.config.group_size
 
     @property
     def activation_bytes(self) -> int:

@@ -21,7 +21,7 @@ from hga.ops.kernels.candidates import Archived, Chosen, Means, decode_summaries
 from hga.ops.kernels.prefill_choice import choose_units
 from hga.ops.kernels.prefill_marks import count_unions
 from hga.ops.kernels.strip_attention import attend_strip_kernel
-from hga.ops.kernels.strips import Strips, cut_strips
+from hga.ops.kernels.strips import Strips, cut_strips, fit_strip
 from hga.ops.nibbles import Nibbles
 from hga.ops.prefill import nothing_attended
 from hga.ops.prefill_routed import ClosedChunks, check_block
@@ -53,9 +53,9 @@ def attend_prefill_routed(
     heads = query.shape[0]
     step = heads
     if closed is not None:
-        one = cut_strips(config, query[:1], first, before, scoring)
+        queries, _ = fit_strip(config, query)
         groups = closed.records.shape[0] * config.chunk_size // config.group_size
-        mass_bytes = 4 * one.heads * one.constants["QUERIES"] * groups  # of one strip and KV head
+        mass_bytes = 4 * config.selectors(query.shape[1]) * queries * groups  # of one strip and KV head
         step = max(1, SCRATCH_BYTES // max(1, mass_bytes, _decoded_bytes(closed, query.dtype) // heads))
     for start in range(0, heads, step):
         here = slice(start, start + step)

@@ -49,15 +49,23 @@ class Strips:
         return (self.closed_before, self.first, self.query.shape[2], *self.query.stride()[:3])
 
 
+def fit_strip(config: HGAConfig, query: Tensor) -> tuple[int, int]:
+    """Positions of a strip and rows of each, for queries (Hkv, R, T, D). ValueError for more heads than fit a tile."""
+    repeats, width = query.shape[1], query.shape[3]
+    rows = choose_launch(width, query.dtype, query.device).rows
+    padded = 1 << (repeats - 1).bit_length() if config.selectors(repeats) == 1 else 1
+    queries = min(TILE_TOKENS, rows // padded)
+    if not queries:
+        raise ValueError(f"{repeats} query heads per KV head; the kernels serve at most {rows}: use PyTorch")
+    return queries, padded
+
+
 def cut_strips(config: HGAConfig, query: Tensor, first: int, closed_before: int, scoring: dict[str, Any]) -> Strips:
     """Strips of as many positions as fill a tile's rows with their heads. scoring: `scale` and SOFTCAP."""
     kv_heads, repeats, tokens, width = query.shape
     launch = choose_launch(width, query.dtype, query.device)
     shared = config.selectors(repeats) == 1
-    padded = 1 << (repeats - 1).bit_length() if shared else 1
-    queries = min(TILE_TOKENS, launch.rows // padded)
-    if not queries:
-        raise ValueError(f"{repeats} query heads per KV head; the kernels serve at most {launch.rows}: use PyTorch")
+    queries, padded = fit_strip(config, query)
     constants = {
         **scoring,
         "SINK": config.sink_tokens,
