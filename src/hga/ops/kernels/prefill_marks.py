@@ -12,7 +12,8 @@ from torch import Tensor
 from hga.ops.kernels.candidates import Chosen
 from hga.ops.kernels.strips import Strips
 
-_SELECTED_AT_ONCE = 2048
+_MOST_HELD = 16384
+_HELD_PER_WARP = 1024  # 32 registers of each thread
 _MARKED_AT_ONCE = 8192
 
 
@@ -26,6 +27,7 @@ def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, ch
     limits = torch.empty((2, strips, heads, queries), dtype=torch.int32, device=mass.device)
     # A query a program where they run side by side; all at once where they are interpreted.
     lines = 1 if mass.device.type == "cuda" else queries
+    block = min(_MOST_HELD, max(4 * _HELD_PER_WARP, triton.next_power_of_2(width - pending_width)))
     _limit_kernel[(queries // lines, strips * heads)](
         mass,
         counts,
@@ -36,8 +38,9 @@ def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, ch
         keep,
         QUERIES=queries,
         LINES=lines,
-        BLOCK=_SELECTED_AT_ONCE,
-        num_warps=8,
+        PENDING=max(16, triton.next_power_of_2(pending_width)),
+        BLOCK=block,
+        num_warps=max(1, block // _HELD_PER_WARP),
     )
     _mark_kernel[(strips * heads,)](
         mass,
@@ -102,52 +105,66 @@ def _limit_kernel(
     keep,
     QUERIES: tl.constexpr,
     LINES: tl.constexpr,
+    PENDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The mass, as an integer, from which a query chooses; and the column before which it takes masses just below.
 
-    Floats of one sign order as their bits do, so the limit is found by an eightfold search over integers.
+    Floats of one sign order as their bits do, so the limit is found by halving an interval of integers.
     """
     strip = tl.program_id(1).to(tl.int64)
     place = strip * QUERIES + tl.program_id(0) * LINES + tl.arange(0, LINES)
     width = pending_width + tl.load(counts + strip)
-    column = tl.arange(0, BLOCK)
-    at = place[:, None] * mass_width + column[None, :]
-    allowed = tl.zeros([LINES, BLOCK], tl.int32)
-    highest = tl.full([LINES, BLOCK], -1, tl.int32)
-    for start in range(0, width, BLOCK):
-        bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
-        allowed += (bits >= 0).to(tl.int32)
-        highest = tl.maximum(highest, bits)
+    column = pending_width + tl.arange(0, BLOCK)
+    rows = mass + place[:, None] * mass_width
+    # What is loaded here stays in registers: of most rows it is all.
+    pending = _load_bits(rows, tl.arange(0, PENDING), pending_width)
+    archived = _load_bits(rows, column, width)
+    allowed = _count(pending, archived, tl.zeros([LINES], tl.int32))
+    highest = tl.maximum(tl.max(pending, 1), tl.max(archived, 1))
+    for start in range(BLOCK, width - pending_width, BLOCK):
+        bits = _load_bits(rows, start + column, width)
+        allowed += tl.sum((bits >= 0).to(tl.int32), 1)
+        highest = tl.maximum(highest, tl.max(bits, 1))
     # More than `keep` masses are at least `low`; `above`, at most `keep`, are at least `high`.
-    few = tl.sum(allowed, 1) <= keep
+    few = allowed <= keep
     low = tl.zeros([LINES], tl.int32)
-    high = tl.where(few, 0, tl.max(highest, 1) + 1)
+    high = tl.where(few, 0, highest + 1)
     above = tl.where(few, keep, 0)
-    while tl.max(((high - low > 1) & (above < keep)).to(tl.int32), 0) > 0:
-        step = (high - low + 7) // 8
-        steps = low[:, None] + (tl.arange(0, 8) + 1)[None, :] * step[:, None]
-        found = tl.zeros([LINES, BLOCK, 8], tl.int32)
-        for start in range(0, width, BLOCK):
-            bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0)
-            found += (bits.to(tl.int32, bitcast=True)[:, :, None] >= steps[:, None, :]).to(tl.int32)
-        many = tl.sum(found, 1)  # (LINES, 8), falling
-        passed = tl.sum((many > keep).to(tl.int32), 1)
-        above = tl.maximum(above, tl.max(tl.where(many > keep, 0, many), 1))
-        high = tl.minimum(high, low + (passed + 1) * step)
-        low = low + passed * step
+    searching = (high - low > 1) & (above < keep)
+    while tl.max(searching.to(tl.int32), 0) > 0:
+        middle = low + (high - low) // 2
+        found = _count(pending, archived, middle)
+        for start in range(BLOCK, width - pending_width, BLOCK):
+            found += tl.sum((_load_bits(rows, start + column, width) >= middle[:, None]).to(tl.int32), 1)
+        many = found > keep
+        low = tl.where(searching & many, middle, low)
+        high = tl.where(searching & ~many, middle, high)
+        above = tl.where(searching & ~many, found, above)
+        searching = (high - low > 1) & (above < keep)
     cut = tl.zeros([LINES], tl.int32)
     if tl.max(keep - above, 0) > 0:  # equal masses at the limit: the lower columns first
         seen = tl.zeros([LINES], tl.int32)
-        for start in range(0, width, BLOCK):
-            bits = tl.load(mass + start + at, mask=(start + column < width)[None, :], other=-1.0)
-            equal = (bits.to(tl.int32, bitcast=True) == low[:, None]).to(tl.int32)
+        for start in range(-pending_width, width - pending_width, BLOCK):
+            equal = (_load_bits(rows, start + column, width) == low[:, None]).to(tl.int32)
             rank = seen[:, None] + tl.cumsum(equal, 1)
             last = (equal == 1) & (rank == (keep - above)[:, None])
             cut = tl.maximum(cut, tl.max(tl.where(last, start + 1 + column[None, :], 0), 1))
             seen += tl.sum(equal, 1)
     tl.store(limits + place, high)
     tl.store(ties + place, cut)
+
+
+@triton.jit
+def _count(pending, archived, least):
+    """How many of each line's masses are at least `least` (LINES,)."""
+    return tl.sum((pending >= least[:, None]).to(tl.int32), 1) + tl.sum((archived >= least[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _load_bits(rows, column, width):
+    """Masses (LINES, N) of some columns as integers, negative where there is none."""
+    return tl.load(rows + column[None, :], mask=(column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
