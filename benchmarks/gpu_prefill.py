@@ -87,10 +87,10 @@ class Prompt:
             halves = self.records[:chunks].unbind(3)
             attend_all(self.queries[:, :, first:last], *halves, SCALE, onto=output)
 
-    def attend_routed(self, first: int, last: int) -> None:
-        """One block, each query routed."""
-        near = self.near(first, last)
-        attend_prefill_routed(self.config, self.queries[:, :, first:last], *near, self.closed, first, SCALE)
+    def attend_routed(self, first: int, last: int, rule: hga.HGAConfig | None = None) -> None:
+        """One block, each query routed, by its own rule or by another one of the same chunks."""
+        queries = self.queries[:, :, first:last]
+        attend_prefill_routed(rule or self.config, queries, *self.near(first, last), self.closed, first, SCALE)
 
 
 def attend_dense(queries: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="16384,65536,131072")
     parser.add_argument("--rules", default="balanced,lean")
     parser.add_argument("--queries", default="random,drifting")
+    parser.add_argument("--paths", default="nodes,routed", help="by whole nodes, by groups")
     parser.add_argument("--block", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
@@ -189,9 +190,18 @@ def main() -> None:
             for rule in options.rules.split(","):
                 prompt = Prompt(hga.HGAConfig.preset(rule, prefill="routed"), queries, keys, values)
                 more = {"rule": rule, "queries": kind, "block_tokens": options.block}
-                report(options, context, "routed", lambda p=prompt, b=blocks: [p.attend_routed(*x) for x in b], **more)
-                if options.profile:
-                    profile(lambda p=prompt, b=blocks: p.attend_routed(*b[-1]))
+                for path, own in (("nodes", prompt.config.by_nodes()), ("routed", None)):
+                    if path not in options.paths.split(","):
+                        continue
+                    report(
+                        options,
+                        context,
+                        path,
+                        lambda p=prompt, b=blocks, r=own: [p.attend_routed(*x, r) for x in b],
+                        **more,
+                    )
+                    if options.profile:
+                        profile(lambda p=prompt, b=blocks, r=own: p.attend_routed(*b[-1], r))
                 del prompt
 
 

@@ -85,7 +85,11 @@ def new_cache(model: PreTrainedModel) -> HGACache:
         ({"window_tokens": 3}, "window_tokens=3 must be at least group_size=4"),
         ({"ordering": "random"}, "ordering='random' must be one of content, position"),
         ({"store": "disk"}, "store='disk' must be one of ram, device, nvme, auto"),
-        ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed"),
+        (
+            {"prefill": "nodes", "window_tokens": 15},
+            "prefill='nodes' opens whole nodes of node_size=16: window_tokens=15",
+        ),
+        ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed, nodes"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8': .*not built yet; use kv_dtype='model'"),
         (

@@ -24,6 +24,7 @@ CONFIGS = {
     "exact": CONFIG.replace(prefill="exact"),
     "two levels": CONFIG.replace(node_size=8, overselection=2),
     "coded": CONFIG.replace(node_size=16, overselection=2, coded=True),
+    "by nodes": CONFIG.replace(node_size=8, overselection=2, prefill="nodes", block_tokens=82),
     "per head": CONFIG.replace(selection="per_head"),
     "coded per head": CONFIG.replace(node_size=16, overselection=2, coded=True, selection="per_head"),
 }
@@ -33,7 +34,7 @@ CONFIGS = {
 def _without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU there is nothing to stage: the interpreter's kernels read the store's own records."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(Archive, "stage", lambda self: self.store.read(self.chunks)[0])
+        monkeypatch.setattr(Archive, "stage", lambda self: (self.store.read(self.chunks)[0], Mock()))
         monkeypatch.setattr(
             Archive,
             "stream_records",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from hga.cache.routed import Scoring
 from hga.cache.row import Row
 from hga.config import HGAConfig
-from hga.ops import prefill_routed
+from hga.ops import prefill_routed, tiles
 from hga.ops.coding import Codes
 from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
@@ -23,10 +24,11 @@ kernels = pytest.importorskip("hga.ops.kernels.prefill_routed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+CODED = SMALL.replace(node_size=16, overselection=2, group_size=2, coded=True)
 CONFIGS = {
     "one level": SMALL,
     "two levels": SMALL.replace(node_size=16, overselection=2),
-    "coded": SMALL.replace(node_size=16, overselection=2, group_size=2, coded=True),
+    "coded": CODED,
     "coded, fp8": SMALL.replace(node_size=8, overselection=2, coded=True, summary_dtype="fp8"),
     "per head": SMALL.replace(selection="per_head"),
     "per head, two levels": SMALL.replace(selection="per_head", node_size=16, overselection=2),
@@ -37,6 +39,8 @@ CONFIGS = {
     "everything routed": SMALL.replace(budget_tokens=4096),
     "large groups": SMALL.replace(group_size=8, node_size=8, window_tokens=13, sink_tokens=3, budget_tokens=41),
 }
+
+NODES = SMALL.replace(node_size=8, overselection=2, group_size=2, coded=True)
 
 
 @dataclass
@@ -91,6 +95,54 @@ def test_reference_is_a_row(name, first, last, softcap):
     torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)
 
 
+def test_whole_nodes_are_opened_of_chunks_that_have_groups():
+    """A long block of prefill="nodes", in PyTorch, tile by tile and by the reference; a short one opens groups."""
+    config = NODES.replace(prefill="nodes", block_tokens=16)
+    block = take_block(config, 200, 420, None)
+    output = route(prefill_routed.attend_prefill_routed, config.by_nodes(), block, None)
+    torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)
+    for tokens, rule in ((8, config.by_nodes()), (7, config)):
+        block = take_block(config, 300, 300 + tokens, None)
+        output = route(prefill_routed.attend_prefill_routed, rule, block, None)
+        torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("changes", [{}, {"summary_dtype": "fp8"}, {"selection": "per_head"}, {"far_field": False}])
+def test_kernel_opens_whole_nodes(changes, dtype):
+    config = NODES.replace(**changes)
+    block = cast(take_block(config, 180, 250, None), dtype)
+    expected = route(prefill_routed.attend_prefill_routed, config.by_nodes(), block, None)
+    output = route(kernels.attend_prefill_routed, config.by_nodes(), block, None)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * 4
+    torch.testing.assert_close(output.value, expected.value, rtol=0, atol=tolerance)
+    torch.testing.assert_close(output.logsumexp, expected.logsumexp, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("function", [prefill_routed.attend_prefill_routed, kernels.attend_prefill_routed])
+def test_records_are_waited_for(function):
+    """Records that are on their way while queries choose are read when they have come."""
+    block = cast(take_block(CODED, 180, 204, None), torch.float32)
+    expected = route(function, CODED, block, None)
+    arriving = torch.full_like(block.closed.records, torch.nan)
+    wait = functools.partial(arriving.copy_, block.closed.records)
+    block.closed = block.closed._replace(records=arriving, wait=wait)
+    torch.testing.assert_close(route(function, CODED, block, None).value, expected.value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), HGAConfig(), HGAConfig().by_nodes()])
+def test_attended_tokens_of_many_queries(config):
+    """Counted at once as one by one."""
+    always, opened = tiles.attended_tokens(config, 50, 900)
+    for place, position in enumerate(range(50, 900)):
+        chunks = tiles.closed_chunks(config, position)
+        index = position - chunks * config.chunk_size
+        pending = tiles.pending_groups(config, index)
+        groups = min(pending + chunks * config.chunk_size // config.group_size, config.routed_groups)
+        assert always[place] == index + 1 - pending * config.group_size
+        assert opened[place] == groups * config.group_size
+
+
 def test_refusals():
     block = take_block(SMALL, 150, 420, None)
     with pytest.raises(ValueError, match="near tokens"):
@@ -102,7 +154,7 @@ def test_refusals():
 def cast(block: Block, dtype: torch.dtype) -> Block:
     """The block where kernels run; rounding comes before everything, so that both sides route alike."""
     closed = block.closed and ClosedChunks(
-        block.closed.records.to(DEVICE, dtype), *(_cast_rows(x, dtype) for x in block.closed[1:])
+        block.closed.records.to(DEVICE, dtype), *(_cast_rows(x, dtype) for x in block.closed.summaries)
     )
     query, keys, values = (x.to(DEVICE, dtype) for x in (block.query, *block.near))
     return Block(query, (keys, values), closed, block.first, block.output)
@@ -173,9 +225,11 @@ def test_masses_of_a_strip_fit_the_scratch(name, monkeypatch):
         assert attended == heads
 
 
-def test_choices_are_the_best_and_the_lowest():
+@pytest.mark.parametrize("held", [512, 16384], ids=["held in part", "held whole"])
+def test_choices_are_the_best_and_the_lowest(held, monkeypatch):
     """The kernels' own selection, with masses that tie, queries that may choose little and queries that may nothing."""
     marks = pytest.importorskip("hga.ops.kernels.prefill_marks")
+    monkeypatch.setattr(marks, "_MOST_HELD", held)
     candidates = pytest.importorskip("hga.ops.kernels.candidates")
     width, queries = 1500, 16
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "selection": ("shared", "per_head", "mixed"),
     "summary_dtype": ("auto", "model", "float32", "bfloat16", "float16", "fp8"),
     "kv_dtype": ("model", "int8", "fp8"),
-    "prefill": ("auto", "exact", "routed"),
+    "prefill": ("auto", "exact", "routed", "nodes"),
     "store": ("ram", "device", "nvme", "auto"),
 }
 
@@ -51,7 +51,9 @@ class HGAConfig:
     kv_dtype: type of the stored K/V; only "model" is built, "int8" and "fp8" are refused for now.
     prefill: "routed": every query is routed; "exact": a forward of several tokens attends densely to
         everything before it; "auto": so does a forward of `exact_block_tokens` or more, 512 by default, which is faster
-        than routing them; a shorter one only at positions below `4 * budget_tokens`.
+        than routing them; a shorter one only at positions below `4 * budget_tokens`. "nodes": as "auto", but such a
+        forward is routed by whole nodes (`by_nodes`): long prompts are read faster than exactly, and lose more than
+        what is routed by groups.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
     store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or
@@ -75,7 +77,7 @@ class HGAConfig:
     selection: Literal["shared", "per_head", "mixed"] = "shared"
     summary_dtype: Literal["auto", "model", "float32", "bfloat16", "float16", "fp8"] = "auto"
     kv_dtype: Literal["model", "int8", "fp8"] = "model"
-    prefill: Literal["auto", "exact", "routed"] = "auto"
+    prefill: Literal["auto", "exact", "routed", "nodes"] = "auto"
     dense_below: int = 0
     dense_layers: tuple[int, ...] = ()
     store: Literal["ram", "device", "nvme", "auto"] = "ram"
@@ -123,7 +125,7 @@ class HGAConfig:
     @property
     def dense_positions(self) -> int:
         """Queries at positions below this attend densely, whatever block they come in."""
-        return max(self.dense_below, 4 * self.budget_tokens if self.prefill == "auto" else 0)
+        return max(self.dense_below, 4 * self.budget_tokens if self.prefill in ("auto", "nodes") else 0)
 
     @property
     def exact_block_tokens(self) -> int:
@@ -132,7 +134,20 @@ class HGAConfig:
         With prefill="auto" 512: a shorter one (a turn behind a long context, speculation) is not worth streaming the
         whole archive. Less where `block_tokens` would cut a long prompt into blocks below it.
         """
-        return {"exact": 2, "auto": min(512, -(-self.block_tokens // 2)), "routed": sys.maxsize}[self.prefill]
+        return {"exact": 2, "auto": self._long_block_tokens}.get(self.prefill, sys.maxsize)
+
+    @property
+    def node_block_tokens(self) -> int:
+        """A forward of so many tokens is routed `by_nodes`: as `exact_block_tokens`, with prefill="nodes"."""
+        return self._long_block_tokens if self.prefill == "nodes" else sys.maxsize
+
+    @property
+    def _long_block_tokens(self) -> int:
+        return min(512, -(-self.block_tokens // 2))
+
+    def by_nodes(self) -> HGAConfig:
+        """The rule that opens whole nodes of the same chunks: one level, and groups as large as nodes."""
+        return self.replace(group_size=self.node_size, overselection="all", coded=False, prefill="routed")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HGAConfig:
@@ -251,6 +266,11 @@ class HGAConfig:
                 )
             if self.ram_cache_bytes < 1:
                 raise ValueError(f"ram_cache_bytes={self.ram_cache_bytes} must be at least 1; None takes the default")
+        if self.prefill == "nodes":
+            try:
+                self.by_nodes()
+            except ValueError as error:
+                raise ValueError(f"prefill='nodes' opens whole nodes of node_size={self.node_size}: {error}") from error
         if self.kv_dtype != "model":
             raise ValueError(
                 f"kv_dtype={self.kv_dtype!r}: quantised K/V (one scale a row) is laid out but not built yet; "

@@ -129,6 +129,11 @@ class Archive:
         return keys, values
 
     @property
+    def group_size(self) -> int:
+        """Tokens of a group as it is stored."""
+        return self._config.group_size
+
+    @property
     def streamed_tokens(self) -> int:
         """The most tokens that `stream` yields at once."""
         return min(_STREAMED_CHUNKS, len(self.chunks)) * self._config.chunk_size
@@ -142,11 +147,18 @@ class Archive:
             keys, values = self.store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
-    def stage(self) -> Tensor:
-        """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks."""
+    def stage(self) -> tuple[Tensor, Callable[[], None]]:
+        """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks, copied beside other work.
+
+        What is called makes the current stream wait for them: before they are read, and before they are let go.
+        """
         records = self._records(len(self.chunks))
-        self.store.stage(self.chunks, records)
-        return records
+        current, side = torch.cuda.current_stream(self._device), _staging_stream(self._device)
+        side.wait_stream(current)  # the records' memory may still be in use there
+        with torch.cuda.stream(side):
+            self.store.stage(self.chunks, records)
+            arrived = side.record_event()
+        return records, functools.partial(current.wait_event, arrived)
 
     def stream_records(self) -> Iterator[Tensor]:
         """All records, some chunks (n, Hkv, G, 2, g, D) at a time, on a GPU, the next ones copied meanwhile.

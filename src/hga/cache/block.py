@@ -80,9 +80,16 @@ def attend_routed_block(
         rows = archive.summaries
         node_values = rows.held_node_values() if config.far_field else None
         group_keys = rows.held_group_keys() if config.two_level else None
-        closed = ClosedChunks(archive.stage(), rows.node_keys.held(), node_values, group_keys)
+        records, wait = archive.stage()
+        closed = ClosedChunks(records, rows.node_keys.held(), node_values, group_keys, wait)
     heads, repeats, tokens, _ = query.shape
     opened = query.new_empty(heads, tokens, dtype=torch.int32) if config.selectors(repeats) > 1 else None
-    output = attend_prefill_routed(config, query, *near, closed, first, scoring.scale, scoring.softcap, opened=opened)
-    unique = None if opened is None else opened.cpu().double().mean(0) * config.group_size
+    try:
+        output = attend_prefill_routed(
+            config, query, *near, closed, first, scoring.scale, scoring.softcap, opened=opened
+        )
+    finally:
+        if closed is not None:
+            closed.wait()  # nothing is written into memory that is given back
+    unique = None if opened is None else opened.double().mean(0) * config.group_size
     return add_sinks(output, scoring.sinks), unique

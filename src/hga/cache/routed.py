@@ -168,7 +168,6 @@ def score_archive(config: HGAConfig, query: Tensor, archive: Archive, softcap: f
 class OpenedBlock:
     """Opened groups, few enough to be held at once: places in the store (H, V), member bool (H, R', M, V)."""
 
-    config: HGAConfig
     archive: Archive
     places: Tensor
     member: Tensor
@@ -189,7 +188,7 @@ class OpenedBlock:
         keys, values = self.archive.fetch(self.places) if self.started is None else self.started.result()
         fetched_bytes = keys.numel() * keys.element_size() * 2
         logits = score(query, keys.to(query.dtype), softcap)
-        logits.add_(bias(~self.member, query.dtype).repeat_interleave(self.config.group_size, -1))
+        logits.add_(bias(~self.member, query.dtype).repeat_interleave(self.archive.group_size, -1))
         return Part(logits, values.to(query.dtype)), fetched_bytes
 
 
@@ -204,12 +203,16 @@ def _opened_blocks(
         per_node = config.node_size // config.group_size
         node = torch.div(groups, per_node, rounding_mode="floor")
         groups += (candidates.nodes.gather(1, node) - node) * per_node  # from among the candidates to among all
+    parts = config.group_size // archive.group_size
+    if parts > 1:  # whole nodes were opened: all groups of each
+        groups = (groups[..., None] * parts + torch.arange(parts, device=groups.device)).flatten(1)
+        member = member.repeat_interleave(parts, -1)
     places, order = archive.places(groups).sort(-1)  # a tier reads in its own order
     member = member.gather(-1, order[:, None, None].expand_as(member))
     heads, repeats, queries, width = query.shape
-    numbers = heads * config.group_size * max(2 * width, repeats * queries)
+    numbers = heads * archive.group_size * max(2 * width, repeats * queries)
     size = max(1, NUMBERS_AT_ONCE // numbers)
     return [
-        OpenedBlock(config, archive, places[:, start : start + size], member[..., start : start + size])
+        OpenedBlock(archive, places[:, start : start + size], member[..., start : start + size])
         for start in range(0, places.shape[1], size)
     ]

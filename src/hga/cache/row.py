@@ -19,7 +19,7 @@ from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, Tile, route_tile
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.ops.precision import Rows, compute_dtype
-from hga.ops.tiles import closed_chunks, pending_groups
+from hga.ops.tiles import attended_tokens, closed_chunks, pending_groups
 
 
 @dataclass
@@ -36,6 +36,13 @@ class Counters:
         self.queries += 1
         self.attended += attended / context
         self.fetched += fetched / context
+
+    def add_all(self, first: int, attended: Tensor, fetched: Tensor) -> None:
+        """Count queries from position `first` on: the tokens attended and fetched, (n,) each."""
+        context = torch.arange(first + 1, first + 1 + len(attended))
+        self.queries += len(attended)
+        self.attended += (attended / context.double()).sum().item()
+        self.fetched += (fetched / context.double()).sum().item()
 
     def add_dense(self, queries: int) -> None:
         """Count queries that attended to their whole context."""
@@ -142,7 +149,11 @@ class Row:
 
     def end_token(self) -> None:
         """Count a token and what it attended to. What a union of R choices fetches is counted by the kernels."""
-        self._count(self.length, 1, self.chunks, None, 0)
+        config, (index, chunks) = self._config, self.in_use()
+        pending = pending_groups(config, index)
+        groups = pending + chunks * config.chunk_size // config.group_size
+        attended = index + 1 + (min(groups, config.routed_groups) - pending) * config.group_size
+        self._counters.add(self.length + 1, attended, attended)
         self.length += 1
 
     def in_use(self) -> tuple[int, int]:
@@ -172,7 +183,7 @@ class Row:
         """Attention output (Hkv, R, T, D) of the last T tokens' queries (Hkv, R, T, D).
 
         Each query sees what lies before it and itself: densely up to `dense_positions`, and everywhere in a block of
-        `exact_block_tokens`; routed from there, tile by tile.
+        `exact_block_tokens`; routed from there, tile by tile, by whole nodes in a block of `node_block_tokens`.
         """
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
@@ -186,25 +197,26 @@ class Row:
             place = self._index_of(first)
             out[:, :, here] = attend_exact_block(config, query[:, :, here], near, place, self._archive, scoring)
         if routed_from < self.length:
+            rule = config.by_nodes() if tokens >= config.node_block_tokens else config
             query, routed = query[:, :, routed_from - self.length :], out[:, :, routed_from - self.length :]
-            if tokens > 1 and kernels_serve(config, query.dtype, query.device):
-                routed[:] = self._attend_block(query, routed_from, scoring)
+            if tokens > 1 and kernels_serve(rule, query.dtype, query.device):
+                routed[:] = self._attend_block(rule, query, routed_from, scoring)
             else:
-                self._attend_by_tiles(query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
+                self._attend_by_tiles(rule, query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
         if self.length >= config.dense_positions:
             self._close(closed_chunks(config, self.length))
         return out
 
-    def _attend_by_tiles(self, query: Tensor, scoring: Scoring, out: Tensor) -> None:
+    def _attend_by_tiles(self, config: HGAConfig, query: Tensor, scoring: Scoring, out: Tensor) -> None:
         """Route scaled queries, the row's last, in PyTorch, tile by tile."""
-        config, first = self._config, self.length - query.shape[2]
+        first = self.length - query.shape[2]
         start = first
         ahead: list[tuple[Tile, int]] = []  # a tile whose K/V are on their way while the next one is routed
 
         def attend_ahead() -> None:
             for tile, begin in ahead:
                 end = begin + tile.query.shape[2]
-                out[:, :, begin - first : end - first] = self._attend_tile(tile, begin)
+                out[:, :, begin - first : end - first] = self._attend_tile(config, tile, begin)
             ahead.clear()
 
         try:
@@ -213,8 +225,8 @@ class Row:
                 if closed_chunks(config, start) > self.chunks:
                     attend_ahead()
                 self._close(closed_chunks(config, start))
-                for begin, end in _blocks(start, stop, self._routed_block(query)):
-                    tile = self._route(query[:, :, begin - first : end - first], begin, scoring)
+                for begin, end in _blocks(start, stop, self._routed_block(config, query)):
+                    tile = self._route(config, query[:, :, begin - first : end - first], begin, scoring)
                     attend_ahead()
                     ahead.append((tile, begin))
                     if end == self.length or not tile.start():
@@ -224,53 +236,38 @@ class Row:
             for tile, _ in ahead:  # after an error
                 tile.drop()
 
-    def _attend_block(self, query: Tensor, first: int, scoring: Scoring) -> Tensor:
+    def _attend_block(self, config: HGAConfig, query: Tensor, first: int, scoring: Scoring) -> Tensor:
         """Routed attention by kernels for all tiles of a block that ends with the row, queries not scaled."""
-        config = self._config
         keys, values = self._near()
         near = (keys.clone(), values.clone())  # closing moves the tokens behind a closed chunk
         self._close(closed_chunks(config, self.length - 1))
         output, unique = attend_routed_block(config, query, near, self._archive, first, scoring)
-        start = first
-        while start < self.length:
-            stop = min(self.length, (start // TILE_TOKENS + 1) * TILE_TOKENS)
-            here = None if unique is None else unique[start - first : stop - first]
-            self._count(start, stop - start, closed_chunks(config, start), here, 0)
-            start = stop
+        self._count(config, first, query.shape[2], unique, 0)
         return output
 
-    def _route(self, query: Tensor, first: int, scoring: Scoring) -> Tile:
+    def _route(self, config: HGAConfig, query: Tensor, first: int, scoring: Scoring) -> Tile:
         """Route queries of one tile, scaled, whose closed chunks are in the archive."""
         place = self._index_of(first)
         keys, values = (x[:, : place + query.shape[2]].to(query.dtype) for x in self._near())
         archive = self._archive if self.chunks else None
         near = Near(keys, values, place)
-        return route_tile(self._config, query, near, archive, scoring, self._inverse_frequencies)
+        return route_tile(config, query, near, archive, scoring, self._inverse_frequencies)
 
-    def _attend_tile(self, tile: Tile, start: int) -> Tensor:
+    def _attend_tile(self, config: HGAConfig, tile: Tile, start: int) -> Tensor:
         """Attend a tile that was routed, before another chunk closes."""
         routed = tile.attend()
-        self._count(start, tile.query.shape[2], self.chunks, routed.unique_opened, routed.fetched_bytes)
+        self._count(config, start, tile.query.shape[2], routed.unique_opened, routed.fetched_bytes)
         return routed.output
 
-    def _count(self, first: int, queries: int, chunks: int, unique: Tensor | None, fetched_bytes: int) -> None:
+    def _count(self, config: HGAConfig, first: int, queries: int, unique: Tensor | None, fetched_bytes: int) -> None:
         """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
-        config = self._config
-        archived = chunks * config.chunk_size // config.group_size
-        unions = None if unique is None else unique.tolist()
-        for query in range(queries):
-            position = first + query
-            index = position if position < config.sink_tokens else position - chunks * config.chunk_size
-            pending = pending_groups(config, index)
-            opened = min(pending + archived, config.routed_groups) * config.group_size
-            always = index + 1 - pending * config.group_size
-            fetched = always + (opened if unions is None else unions[query])
-            self._counters.add(position + 1, always + opened, fetched)
+        always, opened = attended_tokens(config, first, first + queries)
+        self._counters.add_all(first, always + opened, always + (opened if unique is None else unique.cpu()))
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
 
-    def _routed_block(self, query: Tensor) -> int:
+    def _routed_block(self, config: HGAConfig, query: Tensor) -> int:
         """Queries of a tile routed at once, so that their logits stay bounded as the context grows."""
-        config, rows = self._config, query.shape[0] * query.shape[1]
+        rows = query.shape[0] * query.shape[1]
         units = self.chunks * config.chunk_size // config.group_size
         return min(TILE_TOKENS, max(1, NUMBERS_AT_ONCE // (rows * (units + self.near_length))))
 

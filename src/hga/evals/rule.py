@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import hga
 from hga.cache.families import routed_layers
-from hga.config import PRESETS, HGAConfig
+from hga.config import PRESETS, TILE_TOKENS, HGAConfig
 from hga.evals.rules.peers import PEERS
 from hga.evals.rules.simulated import SimulatedRule, check_simulated
 
@@ -33,6 +33,9 @@ Rule = HGAConfig | Peer | None
 
 Rules = Mapping[str, Rule]
 """Rules by name."""
+
+_BY_NODES: dict[str, Any] = {"prefill": "nodes", "block_tokens": 2 * TILE_TOKENS}
+"""Small enough for blocks whose logits are scored to be long ones (`HGAConfig.node_block_tokens`)."""
 
 
 @runtime_checkable
@@ -106,7 +109,7 @@ def resolve_rules(
 
     names: "dense", "window" (sink and window only), presets, other systems' rules (`PEERS`), or keys of `own`.
     fraction: the budget as a share of `tokens`; without it each config keeps its own, and the other systems have
-    that of the defaults. Every rule routes from the first token on.
+    that of the defaults. Every rule routes from the first token on (prefill="nodes": from `dense_positions` on).
     ValueError for an unknown rule, a fraction outside (0, 1], or a budget that a rule cannot work with.
     """
     if fraction is not None and not 0 < fraction <= 1:
@@ -127,7 +130,8 @@ def resolve_rules(
             elif name == "window":
                 rules[name] = _window_only(budget)
             else:
-                rules[name] = bases[name].replace(prefill="routed", dense_below=0, budget_tokens=budget)
+                routing = _BY_NODES if bases[name].prefill == "nodes" else {"prefill": "routed"}
+                rules[name] = bases[name].replace(**routing, dense_below=0, budget_tokens=budget)
         except ValueError as error:
             raise ValueError(f"rule {name!r} on {tokens} tokens: {error}") from error
     return rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,17 +19,29 @@ from hga.ops.summaries import mean_rows, summarise_keys
 from hga.ops.tiles import closed_chunks
 
 
+def _are_here() -> None:
+    """Records that need not be waited for."""
+
+
 class ClosedChunks(NamedTuple):
     """The chunks that are closed by a block's end, in position order, where the queries are.
 
     records (N, Hkv, G, 2, g, D); node_keys, node_values (Hkv, N nodes, D) and group_keys (Hkv, N groups, D), as
-    `close_chunks` makes them. Values are needed with a far field only, group keys with two levels only.
+    `close_chunks` makes them. Values are needed with a far field only, group keys with two levels only. Records may be
+    stored by smaller groups than those that are routed (`HGAConfig.by_nodes`): tokens are in the same order. They may
+    be on their way while queries choose: `wait` is called before they are read.
     """
 
     records: Tensor
     node_keys: Rows
     node_values: Rows | Nibbles | None
     group_keys: Rows | Codes | None
+    wait: Callable[[], None] = _are_here
+
+    @property
+    def summaries(self) -> tuple[Rows | Nibbles | Codes | None, ...]:
+        """What is kept of node keys, node values and group keys."""
+        return self.node_keys, self.node_values, self.group_keys
 
     def group_key_rows(self, config: HGAConfig, nodes: int, dtype: torch.dtype) -> Tensor:
         """Decoded keys of the groups of the first `nodes` nodes, (Hkv, groups, D)."""
@@ -144,6 +157,7 @@ def _attend_tile(
         parts.append(_far(pending_scores, ~opened[..., :groups], size, mean_rows(values[:, span], size)))
     if chunks:
         assert closed is not None
+        closed.wait()
         old_keys, old_values = (x.transpose(0, 1).flatten(1, 3).to(work) for x in closed.records[:chunks].unbind(3))
         unopened = ~opened[..., groups:]
         logits = score(query, old_keys, softcap).masked_fill_(unopened.repeat_interleave(size, -1), NEVER)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from hga.config import TILE_TOKENS, HGAConfig
 
 
@@ -23,3 +26,19 @@ def pending_groups(config: HGAConfig, index: int) -> int:
 def pending_capacity(config: HGAConfig, multiple: int) -> int:
     """Most pending groups of any query, rounded up to a multiple: chunks close at tile starts."""
     return -(-(config.chunk_size + TILE_TOKENS) // (config.group_size * multiple)) * multiple
+
+
+def attended_tokens(config: HGAConfig, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Of each query at positions [first, last): tokens that it always attends, and those of groups that it opens.
+
+    Both int64 (n,). Of a query head; what a KV head fetches is a union where its heads choose apart.
+    """
+    position = torch.arange(first, last)
+    tile = position // TILE_TOKENS * TILE_TOKENS
+    chunks = (tile - config.window_tokens - config.sink_tokens).clamp(min=0) // config.chunk_size
+    index = position - chunks * config.chunk_size
+    older = (index - config.window_tokens + 1 - config.sink_tokens).clamp(min=0)
+    pending = (older + config.group_size - 1) // config.group_size
+    groups = pending + chunks * (config.chunk_size // config.group_size)
+    opened = groups.clamp(max=config.routed_groups) * config.group_size
+    return index + 1 - pending * config.group_size, opened

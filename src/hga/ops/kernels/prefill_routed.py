@@ -141,7 +141,11 @@ def _attend_strips(
     near_keys, near_values = near
     nodes, groups, node_values = archived
     opened, chosen_nodes, counts, node_counts = choices
-    records = near_keys[None, :, :1, None, None].expand(1, -1, 1, 2, 1, -1) if closed is None else closed.records
+    if closed is None:
+        records = near_keys[None, :, :1, None, None].expand(1, -1, 1, 2, config.group_size, -1)
+    else:
+        records = closed.records
+        closed.wait()
     record_keys, record_values = (x if x.stride(-1) == 1 else x.contiguous() for x in records.unbind(3))
     listed = chosen_nodes or opened
     attend_strip_kernel[(stop - start, strips.heads)](
@@ -183,6 +187,7 @@ def _attend_strips(
         *strips.geometry,
         **strips.constants,
         **strips.options,
+        STORED_GROUP=records.shape[4],
         GROUP_LOG2=math.log2(config.group_size),
         NODE_LOG2=math.log2(config.node_size),
         PER_NODE=config.node_size // config.group_size if config.two_level else 1,
@@ -198,13 +203,14 @@ def _take_heads(closed: ClosedChunks, heads: slice) -> ClosedChunks:
     def take(rows: Any) -> Any:
         return rows if rows is None else type(rows)(*(None if part is None else part[heads] for part in rows))
 
-    return ClosedChunks(closed.records[:, heads], *map(take, closed[1:]))
+    node_keys, node_values, group_keys = map(take, closed.summaries)
+    return ClosedChunks(closed.records[:, heads], node_keys, node_values, group_keys, closed.wait)
 
 
 def _decoded_bytes(closed: ClosedChunks, dtype: torch.dtype) -> int:
     """Bytes of decoded copies of all summaries; 0 where they are in the query's type already."""
     numbers = 0
-    for rows in closed[1:]:
+    for rows in closed.summaries:
         if rows is not None and rows.data.dtype != dtype:
             packed = {Codes: 2 * NUMBERS_PER_BYTE, Nibbles: 2}  # keys of groups come with what 16 bits round off
             numbers += rows.data.numel() * packed.get(type(rows), 1)

@@ -68,6 +68,7 @@ def attend_strip_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
+    STORED_GROUP: tl.constexpr,
     GROUP_LOG2: tl.constexpr,
     NODE_LOG2: tl.constexpr,
     PER_NODE: tl.constexpr,
@@ -159,8 +160,10 @@ def attend_strip_kernel(
         index = start + tl.arange(0, KEYS)
         choice = tl.load(opened_listed + tl.minimum(index, count - 1) // GROUP)
         group, _ = find_unit(choice, choice + 1, node_listed, LISTED, PER_NODE)
+        # Where whole nodes are opened, a group here is several of those in which records are stored.
+        token = (group % (CHUNK // GROUP)) * GROUP + index % GROUP
         at = (group // (CHUNK // GROUP)).to(tl.int64) * chunk_stride
-        at += (group % (CHUNK // GROUP)) * record_group_stride + (index % GROUP) * record_stride
+        at += (token // STORED_GROUP) * record_group_stride + (token % STORED_GROUP) * record_stride
         key = load_rows(record_keys, at, column, WIDTH, BLOCK_WIDTH)
         value = load_rows(record_values, at, column, WIDTH, BLOCK_WIDTH)
         logits = dot_logits(tile_query, key, scale, SOFTCAP, PRECISION)
