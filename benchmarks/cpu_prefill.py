@@ -91,7 +91,7 @@ def main() -> None:
         block = Block.draw(options.heads, options.repeats_kv, options.width, context, options.tokens)
         steps = {"dense sdpa": block.read_densely}
         for name in options.rules.split(","):
-            for prefill in ("exact", "routed"):
+            for prefill in ("exact", "nodes", "routed"):
                 steps[f"{name}, {prefill}"] = block.reader(hga.HGAConfig.preset(name, prefill=prefill))
         quartiles = time_in_turn(steps, options.repeats)
         dense = quartiles["dense sdpa"][1]

@@ -82,7 +82,7 @@ class Archive:
         self._close_chunks = find_closing(config, like.dtype, like.device)
         self.summaries = Summaries(config)
         self.reopenings = 0
-        self._table = torch.empty(0, dtype=torch.int64, device=like.device)
+        self._table: Tensor | None = None  # of the chunks' ids, where they are looked up
         self._device = like.device
         self.store = open_store(record_layout(config, like.shape[0], like.shape[2], like.dtype))
 
@@ -196,6 +196,8 @@ class Archive:
     def places(self, groups: Tensor) -> Tensor:
         """Where groups, counted from the archive's start, are in the store: (Hkv, U) -> (Hkv, U)."""
         per_chunk = self._config.chunk_size // self._config.group_size
+        if self._table is None:
+            self._table = torch.tensor(self.chunks, dtype=torch.int64, device=self._device)
         return self._table[groups // per_chunk] * per_chunk + groups % per_chunk
 
     def fetch(self, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,8 +249,7 @@ class Archive:
             self.store.abandon(self.chunks)
 
     def _set_chunks(self, chunks: list[int]) -> None:
-        self.chunks = chunks
-        self._table = torch.tensor(chunks, dtype=torch.int64, device=self._device)
+        self.chunks, self._table = chunks, None
 
 
 @functools.cache

@@ -6,7 +6,6 @@ row equals the same row alone by construction, and beams share closed chunks thr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from hga.cache.archive import Archive, OpenStore
 from hga.cache.block import attend_exact_block, attend_routed_block
+from hga.cache.finite import FiniteCheck
 from hga.cache.kernels import kernels_serve
 from hga.cache.routed import NUMBERS_AT_ONCE, Near, Scoring, Tile, route_tile
 from hga.config import TILE_TOKENS, HGAConfig
@@ -72,6 +72,7 @@ class Row:
         self._inverse_frequencies = inverse_frequencies
         self._keys = self._values = torch.empty(0)  # (Hkv, capacity, D), `near_length` rows in use
         self._archive: Archive | None = None
+        self._unchecked: FiniteCheck | None = None
         self.length = 0
 
     @property
@@ -85,14 +86,15 @@ class Row:
         return self.in_use()[0]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite."""
-        # One NaN or Inf makes the sum so; in float64 finite numbers of a narrower type cannot.
-        if not math.isfinite(keys.sum(dtype=torch.float64) + values.sum(dtype=torch.float64)):
-            last = self.length + keys.shape[1] - 1
-            raise ValueError(
-                f"keys or values of positions {self.length} to {last} hold NaN or Inf; a summary would spread them "
-                "over a whole chunk. Check the model's dtype (float16 overflows) and its inputs"
-            )
+        """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite.
+
+        On a GPU `attend` raises it, when all work is launched: a host that waited here would leave the GPU idle.
+        """
+        finite = FiniteCheck(keys, values, self.length)
+        if keys.is_cuda:
+            keys, values, self._unchecked = finite.clear(keys), finite.clear(values), finite
+        else:
+            finite.wait()
         used, end = self.near_length, self.near_length + keys.shape[1]
         if self._keys.ndim != 3 or self._keys.shape[1] < end:
             room = end + max(TILE_TOKENS, end // 8)
@@ -184,6 +186,7 @@ class Row:
 
         Each query sees what lies before it and itself: densely up to `dense_positions`, and everywhere in a block of
         `exact_block_tokens`; routed from there, tile by tile, by whole nodes in a block of `node_block_tokens`.
+        ValueError if `append` met a number that is not finite.
         """
         config, tokens = self._config, query.shape[2]
         first = self.length - tokens
@@ -203,6 +206,9 @@ class Row:
                 routed[:] = self._attend_block(rule, query, routed_from, scoring)
             else:
                 self._attend_by_tiles(rule, query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
+        if self._unchecked is not None:
+            self._unchecked.wait()
+            self._unchecked = None
         if self.length >= config.dense_positions:
             self._close(closed_chunks(config, self.length))
         return out

@@ -12,8 +12,7 @@ from torch import Tensor
 from hga.ops.kernels.candidates import Chosen
 from hga.ops.kernels.strips import Strips
 
-_MOST_HELD = 16384
-_HELD_PER_WARP = 1024  # 32 registers of each thread
+_MOST_HELD = 16384  # 128 registers of each thread
 _MARKED_AT_ONCE = 8192
 
 
@@ -27,7 +26,7 @@ def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, ch
     limits = torch.empty((2, strips, heads, queries), dtype=torch.int32, device=mass.device)
     # A query a program where they run side by side; all at once where they are interpreted.
     lines = 1 if mass.device.type == "cuda" else queries
-    block = min(_MOST_HELD, max(4 * _HELD_PER_WARP, triton.next_power_of_2(width - pending_width)))
+    block = min(_MOST_HELD, max(4096, triton.next_power_of_2(width - pending_width)))
     _limit_kernel[(queries // lines, strips * heads)](
         mass,
         counts,
@@ -40,7 +39,7 @@ def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, ch
         LINES=lines,
         PENDING=max(16, triton.next_power_of_2(pending_width)),
         BLOCK=block,
-        num_warps=max(1, block // _HELD_PER_WARP),
+        num_warps=4,
     )
     _mark_kernel[(strips * heads,)](
         mass,
