@@ -4,8 +4,7 @@
 
 Qwen3-30B-A3B's shape, bfloat16, batch 1, experts by batched_mm. The context is random K/V put into the caches; then
 `--steps` tokens are decoded. Random tokens would ask for other groups in each step, as no text does: each layer's query
-takes a share `--drift` of the new one (1: all of it), which sets the hit rate; gpu_real.py measures that of text. So
-do a prompt's queries where a row says "drifting". Dense
+takes a share `--drift` of the new one (1: all of it), which sets the hit rate; gpu_real.py measures that of text. Dense
 comes twice: as transformers gives it (DynamicCache; `--eager`), and under the same CUDA graph with a fixed buffer of
 K/V, which is the honest baseline. JSON lines, milliseconds a token (p50, p99).
 """
@@ -65,7 +64,6 @@ class Drifting:
         self._attend = attend
         self.share = share
         self.held: dict[int, Tensor] = {}
-        self.prompts = False  # whether a prompt's queries drift, too
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """See `hga_attention`."""
@@ -74,21 +72,7 @@ class Drifting:
                 self.held[module.layer_idx] = query.clone()
             query = self.held[module.layer_idx].lerp_(query, self.share)
             kwargs["scaling"] *= ((2 - self.share) / self.share) ** 0.5  # a mean of independent queries is shorter
-        elif self.prompts and query.shape[2] > 1:
-            query = drift_along(query, self.share)
         return self._attend(module, query, key, value, mask, **kwargs)
-
-
-def drift_along(query: Tensor, share: float) -> Tensor:
-    """Queries (B, H, T, D), each a share of its own and the rest of the one before it, as long as they were."""
-    size = 512  # what lies further back than this much weighs nothing
-    behind = torch.arange(size, device=query.device)
-    age = behind[:, None] - behind + torch.tensor([0, size], device=query.device)[:, None, None]
-    weights = torch.where(age >= 0, share * (1 - share) ** age, 0.0).to(query.dtype)  # of this piece, of that before
-    weights *= ((2 - share) / share) ** 0.5
-    pieces = torch.nn.functional.pad(query, (0, 0, size, -query.shape[2] % size)).unflatten(2, (-1, size))
-    drifting = weights[0] @ pieces[:, :, 1:] + weights[1] @ pieces[:, :, :-1]
-    return drifting.flatten(2, 3)[:, :, : query.shape[2]]
 
 
 def make_empty_model(name: str, device: str) -> Any:
@@ -277,15 +261,14 @@ def main() -> None:
         "--eager", action="store_true", help="also dense as transformers gives it, at the first context"
     )
     parser.add_argument("--prefill", type=int, default=0, help="also the time to the first token of this many")
-    parser.add_argument("--prefills", default="exact,nodes,routed", help="ways to read it, the last two also drifting")
+    parser.add_argument("--prefills", default="exact,nodes,routed", help="ways to read it")
     parser.add_argument(
         "--capped", default="", help="also prefill and 64 tokens under a cap, e.g. balanced:65536,lean:262144"
     )
     parser.add_argument("--beside-gib", type=float, default=2.5, help="that cap: GPU memory beside the weights")
     options = parser.parse_args()
     AttentionInterface.register("attend_all", Drifting(attend_all, options.drift))  # the same queries for both
-    drifting = Drifting(hga_attention, options.drift)
-    AttentionInterface.register("hga", drifting)
+    AttentionInterface.register("hga", Drifting(hga_attention, options.drift))
     AttentionMaskInterface.register("attend_all", lambda *args, **kwargs: None)
     machine = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
     model = make_model(options.model)
@@ -300,9 +283,7 @@ def main() -> None:
         show("dense", options.prefill, time_prefill(model, None, options.prefill, "dense"))
         for rule in options.rules.split(","):
             for prefill in options.prefills.split(","):
-                for drifting.prompts in (False,) if prefill == "exact" else (False, True):
-                    row = time_prefill(model, rule, options.prefill, prefill)
-                    show(rule, options.prefill, {"drifting": drifting.prompts} | row)
+                show(rule, options.prefill, time_prefill(model, rule, options.prefill, prefill))
     for pair in options.capped.split(",") if options.capped else ():
         rule, context = pair.split(":")
         for name in ("dense", rule):

@@ -159,6 +159,7 @@ def test_generate_refuses(capsys, folder, tmp_path):
     say = ("generate", "--prompt", "a", "--model", folder)
     assert "--max-new-tokens 0" in refused(capsys, *say, "--max-new-tokens", 0)
     assert "choose one of balanced" in refused(capsys, *say, "--preset", "best")
+    assert "prefill='fast' must be one of auto, exact" in refused(capsys, *say, "--prefill", "fast")
     assert "budget_tokens=640" in refused(capsys, *say, "--preset", "paper", "--budget", 640)
     assert "no chat template" in refused(capsys, *say, "--chat")
     assert "e.g. yarn:4" in refused(capsys, *say, "--rope-scaling", "4")

@@ -152,7 +152,7 @@ def test_bad_input(folder, document, tmp_path, capsys):
     assert "there is no saved context at" in refused(capsys, "context", "verify", tmp_path / "no.hga")
     ask = ("generate", "--prompt", "Who?", "--context", path)
     assert "leave --chat out" in refused(capsys, *ask, "--model", folder, "--chat")
-    assert "leave --preset and --budget out" in refused(capsys, *ask, "--model", folder, "--budget", 256)
+    assert "leave --preset, --budget and --prefill out" in refused(capsys, *ask, "--model", folder, "--budget", 256)
     other = tmp_path / "other"
     tiny_model(rms_norm_eps=1e-3).save_pretrained(other)
     AutoTokenizer.from_pretrained(folder).save_pretrained(other)

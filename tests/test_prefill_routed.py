@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rows import SMALL, new_row, random_sequence
+from rows import SMALL, dense, new_row, random_sequence
 from torch import Tensor
 
 from hga.cache.routed import Scoring
@@ -105,6 +105,14 @@ def test_whole_nodes_are_opened_of_chunks_that_have_groups():
         block = take_block(config, 300, 300 + tokens, None)
         output = route(prefill_routed.attend_prefill_routed, rule, block, None)
         torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)
+
+
+def test_whole_nodes_at_full_budget_are_dense():
+    config = NODES.replace(budget_tokens=4096)
+    block = take_block(config, 180, 250, None)
+    output = route(prefill_routed.attend_prefill_routed, config.by_nodes(), block, None)
+    expected = dense(random_sequence(250, 0))[:, :, 180:]
+    torch.testing.assert_close(output.value, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

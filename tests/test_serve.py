@@ -83,11 +83,12 @@ def test_a_temperature_near_zero_is_greedy(server: Running) -> None:
     refused(complete(server, repetition_penalty=1e-40), 400, "repetition_penalty: ")
 
 
-def test_a_prompt_that_comes_again_is_answered_alike() -> None:
-    """By default a prompt is read exactly, and a token that is read alone is routed: its last one is both times."""
+@pytest.mark.parametrize("prefill", ["auto", "nodes"])
+def test_a_prompt_that_comes_again_is_answered_alike(prefill: str) -> None:
+    """A long prompt is read otherwise than a token that is read alone, which its last one is both times."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(32, 127, (4, 900), generator=generator).tolist()
-    with serving(*model_and_tokenizer(), SMALL.replace(prefill="auto")) as server:
+    with serving(*model_and_tokenizer(), SMALL.replace(prefill=prefill)) as server:
         for prompt in prompts:
             first, again = (complete(server, prompt, max_tokens=20).json() for _ in range(2))
             assert (first["usage"]["prompt_tokens_details"]["cached_tokens"], again["usage"]["prompt_tokens"]) == (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -231,3 +233,30 @@ def test_a_context_that_becomes_whole_within_a_step_is_captured_after_it(
     assert cache.can_capture_token()
     assert brought
     assert not any(brought)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_in_a_capture(collects: bool, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only there, and the caller's own choice comes back; what a collection does to one is shown in test_gpu.py."""
+    for name in ("current_stream", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: nullcontext())
+    collected = list[bool]()
+
+    def forward(**inputs: Tensor) -> SimpleNamespace:
+        collected.append(gc.isenabled())
+        if fails and len(collected) == 2:
+            raise RuntimeError("not permitted when stream is capturing")
+        return SimpleNamespace(logits=None)
+
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="capturing") if fails else nullcontext():
+            step.StepGraph(torch.nn.Linear(2, 2), forward, "past_key_values", ids, ids)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    assert collected == [collects, False]

@@ -18,6 +18,7 @@ from hga.cli.options import (
     Dtype,
     GgufFile,
     Model,
+    Prefill,
     Preset,
     Rope,
     load,
@@ -62,6 +63,7 @@ def chat(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    prefill: Prefill = "auto",
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
     rope_scaling: Rope = None,
@@ -75,9 +77,9 @@ def chat(
     if document and context is not None:
         raise ValueError("give --document or --context, not both: a saved context cannot get a document in front")
     texts = [read_text(path) for path in document or []]
-    config = routing(preset, budget)
+    config = routing(preset, budget, prefill=prefill)
     if context is not None:
-        config = saved_routing(context, config, "--preset and --budget")
+        config = saved_routing(context, config, "--preset, --budget and --prefill")
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
 
     import hga

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hga.cli.generate import read_prompt
-from hga.cli.options import Budget, Device, Dtype, GgufFile, Json, Model, Preset, Rope, load, read_text, routing
+from hga.cli.options import (
+    Budget,
+    Device,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Prefill,
+    Preset,
+    Rope,
+    load,
+    read_text,
+    routing,
+)
 from hga.cli.output import byte_progress, console, emit, in_bytes, say
 from hga.models import SMOLLM2, check_positions
 
@@ -42,6 +55,7 @@ def save(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    prefill: Prefill = "auto",
     model: Model = SMOLLM2.name,
     gguf_file: GgufFile = None,
     rope_scaling: Rope = None,
@@ -60,7 +74,7 @@ def save(
     if not text.strip():
         raise ValueError(f"{document} is empty; give a text to read")
     check_place(out)  # before minutes of reading
-    config = routing(preset, budget)
+    config = routing(preset, budget, prefill=prefill)
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)
     ids, suffix = encode_document(tokenizer, text, chat or system is not None, system)
     check_positions(loaded.config, len(ids))

@@ -17,6 +17,7 @@ from hga.cli.options import (
     GgufFile,
     Json,
     Model,
+    Prefill,
     Preset,
     RamCache,
     Rope,
@@ -51,6 +52,7 @@ def generate(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    prefill: Prefill = "auto",
     store: Store = "ram",
     ram_cache_gb: RamCache = None,
     model: Model = SMOLLM2.name,
@@ -70,9 +72,9 @@ def generate(
     text = _one_prompt(prompt, prompt_file)
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
-    config = routing(preset, budget, ram_cache_gb, store=store)
+    config = routing(preset, budget, ram_cache_gb, store=store, prefill=prefill)
     if context is not None:
-        config = saved_routing(context, config, "--preset and --budget")
+        config = saved_routing(context, config, "--preset, --budget and --prefill")
         if chat:
             raise ValueError(f"--chat: whether {context} is a chat was decided when it was saved; leave --chat out")
     loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)

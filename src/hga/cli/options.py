@@ -27,6 +27,14 @@ Budget = Annotated[
     int | None,
     typer.Option("--budget", metavar="N", help="Exact tokens a query, instead of the preset's own number."),
 ]
+Prefill = Annotated[
+    str,
+    typer.Option(
+        "--prefill",
+        metavar="HOW",
+        help="How a long prompt is read: auto, exactly; nodes, by whole nodes: sooner from 32K tokens on, at a loss.",
+    ),
+]
 Configs = Annotated[
     list[Path] | None,
     typer.Option("--config", metavar="FILE", help="A JSON config; its file name without .json is the rule."),

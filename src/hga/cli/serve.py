@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hga.cli.options import Budget, Device, Dtype, GgufFile, Model, Preset, Rope, load, routing
+from hga.cli.options import Budget, Device, Dtype, GgufFile, Model, Prefill, Preset, Rope, load, routing
 from hga.cli.output import in_bytes, say
 from hga.models import SMOLLM2
 
@@ -50,6 +50,7 @@ def serve(
     ] = None,
     preset: Preset = "balanced",
     budget: Budget = None,
+    prefill: Prefill = "auto",
     gguf_file: GgufFile = None,
     rope_scaling: Rope = None,
     device: Device = None,
@@ -74,7 +75,7 @@ def serve(
         raise ValueError(
             f"--host {host} can be reached from other machines; give --api-key-file F, or listen on 127.0.0.1"
         )
-    config = routing(preset, budget)
+    config = routing(preset, budget, prefill=prefill)
     saved = [] if context_dir is None else find_saved(context_dir, config)
     with _listen(host, port) as listening:
         loaded, tokenizer = load(model, gguf_file, rope_scaling, device, dtype)

@@ -142,7 +142,8 @@ def find_saved(folder: Path, config: HGAConfig) -> list[SavedFile]:
         if context.config != config:
             raise ValueError(
                 f"{path} was read by another routing rule (budget_tokens={context.config.budget_tokens}) than the one "
-                "to serve by; give its --preset and --budget (hga context info shows them), or move it elsewhere"
+                "to serve by; give its --preset, --budget and --prefill (hga context info shows them), or move it "
+                "elsewhere"
             )
         with safe_open(path, "pt") as file:
             found.append(SavedFile(path, file.get_tensor("token_ids").tolist()))
