@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--contexts", default="8192,32768,131072")
     parser.add_argument("--tokens", type=int, default=1024, help="of the block")
     parser.add_argument("--rules", default="balanced,lean")
+    parser.add_argument("--prefills", default="exact,nodes,routed")
+    parser.add_argument("--node-budget", type=int, help="of nodes, instead of the preset's budget")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--repeats-kv", type=int, default=8, help="query heads a KV head")
     parser.add_argument("--width", type=int, default=128)
@@ -91,8 +93,9 @@ def main() -> None:
         block = Block.draw(options.heads, options.repeats_kv, options.width, context, options.tokens)
         steps = {"dense sdpa": block.read_densely}
         for name in options.rules.split(","):
-            for prefill in ("exact", "nodes", "routed"):
-                steps[f"{name}, {prefill}"] = block.reader(hga.HGAConfig.preset(name, prefill=prefill))
+            for prefill in options.prefills.split(","):
+                budget = {"node_budget_tokens": options.node_budget} if prefill == "nodes" else {}
+                steps[f"{name}, {prefill}"] = block.reader(hga.HGAConfig.preset(name, prefill=prefill, **budget))
         quartiles = time_in_turn(steps, options.repeats)
         dense = quartiles["dense sdpa"][1]
         for name, (low, median, high) in quartiles.items():
@@ -104,6 +107,7 @@ def main() -> None:
                 "context": context,
                 "block_tokens": options.tokens,
                 "threads": options.threads,
+                **({"node_budget_tokens": options.node_budget} if "nodes" in name else {}),
                 "dtype": "float32",
             }
             print(json.dumps(found | shape | machine), flush=True)

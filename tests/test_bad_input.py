@@ -89,6 +89,11 @@ def new_cache(model: PreTrainedModel) -> HGACache:
             {"prefill": "nodes", "window_tokens": 15},
             "prefill='nodes' opens whole nodes of node_size=16: window_tokens=15",
         ),
+        (
+            {"prefill": "nodes", "node_budget_tokens": 19},
+            "whole nodes of node_size=16: budget_tokens=19 must be at least",
+        ),
+        ({"node_budget_tokens": 64}, "node_budget_tokens=64 has no meaning with prefill='routed'"),
         ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed, nodes"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8': .*not built yet; use kv_dtype='model'"),
@@ -119,6 +124,7 @@ def test_config_values(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"budget_tokens": 0.03}, "budget_tokens=0.03 must be an integer.*fractions .* only in `hga eval`"),
+        ({"node_budget_tokens": 64.0}, "node_budget_tokens=64.0 must be an integer number of tokens, or None"),
         ({"budget_tokens": "64"}, "budget_tokens='64' must be an integer"),
         ({"chunk_size": True}, "chunk_size=True must be an integer"),
         ({"far_field": 1}, "far_field=1 must be True or False"),

@@ -97,7 +97,8 @@ def test_reference_is_a_row(name, first, last, softcap):
 
 def test_whole_nodes_are_opened_of_chunks_that_have_groups():
     """A long block of prefill="nodes", in PyTorch, tile by tile and by the reference; a short one opens groups."""
-    config = NODES.replace(prefill="nodes", block_tokens=16)
+    config = NODES.replace(prefill="nodes", block_tokens=16, node_budget_tokens=2 * NODES.budget_tokens)
+    assert config.by_nodes().routed_groups == (2 * 48 - 16) // 8
     block = take_block(config, 200, 420, None)
     output = route(prefill_routed.attend_prefill_routed, config.by_nodes(), block, None)
     torch.testing.assert_close(output.value, block.output, rtol=0, atol=1e-10)

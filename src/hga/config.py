@@ -54,6 +54,8 @@ class HGAConfig:
         than routing them; a shorter one only at positions below `4 * budget_tokens`. "nodes": as "auto", but such a
         forward is routed by whole nodes (`by_nodes`): long prompts are read faster than exactly, and lose more than
         what is routed by groups.
+    node_budget_tokens: the budget of what is routed by whole nodes, by default `budget_tokens`. Of a node few tokens
+        matter, so four times as many lose as little as groups do.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
     store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or
@@ -78,6 +80,7 @@ class HGAConfig:
     summary_dtype: Literal["auto", "model", "float32", "bfloat16", "float16", "fp8"] = "auto"
     kv_dtype: Literal["model", "int8", "fp8"] = "model"
     prefill: Literal["auto", "exact", "routed", "nodes"] = "auto"
+    node_budget_tokens: int | None = None
     dense_below: int = 0
     dense_layers: tuple[int, ...] = ()
     store: Literal["ram", "device", "nvme", "auto"] = "ram"
@@ -147,7 +150,14 @@ class HGAConfig:
 
     def by_nodes(self) -> HGAConfig:
         """The rule that opens whole nodes of the same chunks: one level, and groups as large as nodes."""
-        return self.replace(group_size=self.node_size, overselection="all", coded=False, prefill="routed")
+        return self.replace(
+            group_size=self.node_size,
+            overselection="all",
+            coded=False,
+            prefill="routed",
+            budget_tokens=self.node_budget_tokens or self.budget_tokens,
+            node_budget_tokens=None,
+        )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HGAConfig:
@@ -190,9 +200,10 @@ class HGAConfig:
             least = 0 if name in ("sink_tokens", "dense_below") else 1
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        cache = self.ram_cache_bytes
-        if cache is not None and (isinstance(cache, bool) or not isinstance(cache, int)):
-            raise TypeError(f"ram_cache_bytes={cache!r} must be an integer number of bytes, or None")
+        for name, unit in (("ram_cache_bytes", "bytes"), ("node_budget_tokens", "tokens")):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name}={value!r} must be an integer number of {unit}, or None")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
@@ -271,6 +282,11 @@ class HGAConfig:
                 self.by_nodes()
             except ValueError as error:
                 raise ValueError(f"prefill='nodes' opens whole nodes of node_size={self.node_size}: {error}") from error
+        elif self.node_budget_tokens is not None:
+            raise ValueError(
+                f"node_budget_tokens={self.node_budget_tokens} has no meaning with prefill={self.prefill!r}; it is the "
+                "budget of prefill='nodes'"
+            )
         if self.kv_dtype != "model":
             raise ValueError(
                 f"kv_dtype={self.kv_dtype!r}: quantised K/V (one scale a row) is laid out but not built yet; "
