@@ -87,12 +87,13 @@ def new_cache(model: PreTrainedModel) -> HGACache:
         ({"store": "disk"}, "store='disk' must be one of ram, device, nvme, auto"),
         (
             {"prefill": "nodes", "window_tokens": 15},
-            "prefill='nodes' opens whole nodes of node_size=16: window_tokens=15",
+            "prefill='nodes' opens whole nodes of node_size=16, .*: window_tokens=15",
         ),
         (
             {"prefill": "nodes", "node_budget_tokens": 19},
-            "whole nodes of node_size=16: budget_tokens=19 must be at least",
+            "with node_budget_tokens=19 .* must be at least 20",
         ),
+        ({"prefill": "nodes", "node_budget_tokens": 0}, "with node_budget_tokens=0 .* must be at least 1"),
         ({"node_budget_tokens": 64}, "node_budget_tokens=64 has no meaning with prefill='routed'"),
         ({"prefill": "sparse"}, "prefill='sparse' must be one of auto, exact, routed, nodes"),
         ({"summary": "mixed_rope"}, "mixed_rope.* needs ordering='position', got 'content'"),

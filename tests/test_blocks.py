@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ import torch
 
 from hga import HGAConfig
 from hga.cache import archive, block, row
-from hga.cache.archive import Archive
+from hga.cache.finite import FiniteCheck
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.store import MemoryStore
@@ -33,16 +34,12 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU there is nothing to stage: the interpreter's kernels read the store's own records."""
+    """Several pieces to stream; on a CPU the copies are done when they are asked for, and streams have no work."""
+    monkeypatch.setattr(archive, "_STAGED_BYTES", 2 * HEADS * 32 * 2 * WIDTH * 4)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(Archive, "stage", lambda self: (self.store.read(self.chunks)[0], Mock()))
-        monkeypatch.setattr(
-            Archive,
-            "stream_records",
-            lambda self: (self.store.read(self.chunks[i : i + 2])[0] for i in range(0, len(self.chunks), 2)),
-        )
-    else:
-        monkeypatch.setattr(archive, "_STAGED_BYTES", 2 * HEADS * 32 * 2 * WIDTH * 4)  # several pieces
+        for name in ("current_stream", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, Mock())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
 
 def make_row(config: HGAConfig) -> Row:
@@ -96,9 +93,11 @@ def read(one: Row, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return one.attend(query, Scoring(0.3))
 
 
+@pytest.mark.parametrize("late", [False, True] if DEVICE.type == "cpu" else [True])
 @pytest.mark.parametrize("tokens", [7, 150])
-def test_bad_kv_is_refused_and_not_kept(tokens: int) -> None:
-    """On a GPU it is known when everything is launched: what is kept until then is finite, and no chunk closes."""
+def test_bad_kv_is_refused_and_nothing_of_it_kept(tokens: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is known when all is launched: what is kept until then, also in chunks that close, is finite."""
+    monkeypatch.setattr(FiniteCheck, "is_late", late)
     one = make_row(CONFIG.replace(dense_below=0))
     for place in range(2):
         keys, values = (torch.randn(HEADS, tokens, WIDTH, device=DEVICE) for _ in range(2))
@@ -107,7 +106,30 @@ def test_bad_kv_is_refused_and_not_kept(tokens: int) -> None:
         error = f"positions {tokens} to {2 * tokens - 1} hold NaN or Inf"
         with pytest.raises(ValueError, match=error) if place else nullcontext():
             read(one, query, keys, values)
+    assert one.length == (2 * tokens if late else tokens)
     assert all(x[:, : one.near_length].isfinite().all() for x in (one._keys, one._values))
+    if one.chunks:
+        assert one.archive.store.read(one.archive.chunks)[0].isfinite().all()
+        assert one.archive.summaries.node_keys.held().data.isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="streams are watched where they are none")
+@pytest.mark.parametrize("config", [CONFIG, CONFIG.replace(prefill="exact")], ids=["routed", "exact"])
+def test_copies_end_before_their_memory_is_let_go(config: HGAConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends a block: what comes by another stream is waited for."""
+    one = make_row(config.replace(dense_below=0))
+    tokens = [torch.randn(*shape, 150, WIDTH) for shape in ((HEADS, REPEATS), (HEADS,), (HEADS,))]
+    for module in (row, block):
+        monkeypatch.setattr(module, "kernels_serve", lambda *args: True)
+    read(one, *tokens)
+    current = torch.cuda.current_stream()
+    waited, failed = current.wait_stream.call_count, Mock(side_effect=MemoryError)
+    monkeypatch.setattr("hga.ops.kernels.prefill_routed.attend_prefill_routed", failed)
+    monkeypatch.setattr("hga.ops.kernels.prefill.attend_all", failed)
+    with pytest.raises(MemoryError):
+        read(one, *tokens)
+    gc.collect()
+    assert current.wait_stream.call_count == waited + 1
 
 
 @pytest.mark.parametrize("name", CONFIGS)

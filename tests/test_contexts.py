@@ -94,6 +94,24 @@ def test_other_types(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(answer(model, PROMPT, HGACache.load(path, model)), answer(model, PROMPT, cache))
 
 
+def test_a_file_that_was_written_before_a_config_field_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, to_json = tmp_path / "a.hga", hga.HGAConfig.to_json
+
+    def to_older_json(config: hga.HGAConfig) -> str:
+        fields = json.loads(to_json(config))
+        del fields["node_budget_tokens"]
+        return json.dumps(fields, sort_keys=True)
+
+    with hga.enabled(families.shared("llama"), SMALL) as model:
+        with monkeypatch.context() as older:
+            older.setattr(hga.HGAConfig, "to_json", to_older_json)
+            cache = save(model, path)
+        assert b"node_budget_tokens" not in path.read_bytes()
+        verify_context(path, no_report)
+        assert read_context(path).config == SMALL
+        assert torch.equal(answer(model, PROMPT, HGACache.load(path, model)), answer(model, PROMPT, cache))
+
+
 @pytest.mark.parametrize("tokens", [1, 30, 90])
 def test_a_short_context_without_records(tokens: int, tmp_path: Path) -> None:
     path, ids = tmp_path / "a.hga", families.prompt(tokens)

@@ -16,7 +16,7 @@ import hga
 from hga.evals import nll
 from hga.evals.baseline import Baseline, check_logits, divergence, logits_of, output_layer_inputs
 from hga.evals.nll import evaluate_nll, first_tokens, paired_gap, read, score_rule
-from hga.evals.rule import open_rule, resolve_rules
+from hga.evals.rule import open_rule, read_prompt_exactly, resolve_rules
 
 SMALL = {
     "chunk_size": 32,
@@ -166,6 +166,10 @@ def test_resolve_rules():
     assert not rules["window"].far_field
     assert rules["window"].routed_groups == 1
     assert resolve_rules(["fidelity"], 100)["fidelity"].budget_tokens == 4096
+    own = {"own": hga.HGAConfig(prefill="nodes", node_budget_tokens=8192)}
+    nodes = resolve_rules(["own"], 8192, 1 / 32, own)["own"]
+    assert (nodes.prefill, nodes.budget_tokens, nodes.node_budget_tokens) == ("nodes", 256, 1024)
+    assert read_prompt_exactly("own", nodes).prefill == "exact"
 
 
 def test_resolve_rules_refuses():

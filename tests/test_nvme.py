@@ -31,7 +31,7 @@ SCENARIOS = {
 RULES = {
     "one level": test_parity.SMALL,
     "each head": test_parity.SMALL.replace(selection="per_head", overselection="all", node_size=4, coded=False),
-    "by nodes": test_parity.SMALL.replace(prefill="nodes", block_tokens=64),
+    "by nodes": test_parity.SMALL.replace(prefill="nodes", block_tokens=64, node_budget_tokens=100),
     "by position": test_parity.SMALL.replace(ordering="position", prefill="auto"),
 }
 

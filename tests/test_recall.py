@@ -90,6 +90,18 @@ def test_mixed_layers_are_measured_by_their_own_rule(ids):
     assert not torch.equal(shared.recalled[late:], apart.recalled[late:])
 
 
+def test_whole_nodes_are_measured_as_such(model, ids):
+    config = hga.HGAConfig(budget_tokens=128, chunk_size=64, prefill="nodes", node_budget_tokens=200)
+    by_nodes, same, by_groups = measure_recall(
+        model,
+        ids,
+        {"nodes": config, "same": config.by_nodes(), "groups": hga.HGAConfig.preset("balanced")},
+        queries=100,
+    )
+    assert torch.equal(by_nodes.recalled, same.recalled)
+    assert not torch.equal(by_nodes.recalled, by_groups.recalled)
+
+
 def test_queries_are_whole_tiles_and_the_model_is_given_back(model, ids):
     before = model.config._attn_implementation
     (some,) = measure_recall(model, ids, {"window": SinksAndWindow(budget_tokens=100)}, queries=1)

@@ -55,7 +55,7 @@ class HGAConfig:
         forward is routed by whole nodes (`by_nodes`): long prompts are read faster than exactly, and lose more than
         what is routed by groups.
     node_budget_tokens: the budget of what is routed by whole nodes, by default `budget_tokens`. Of a node few tokens
-        matter, so four times as many lose as little as groups do.
+        matter, so four times as many lose about as little as groups do.
     dense_below: queries at positions below this attend densely.
     dense_layers: indices of layers that keep the model's own cache.
     store: "ram" (host memory), "device" (beside the model), "nvme" (a scratch file with a RAM cache over it), or
@@ -155,7 +155,7 @@ class HGAConfig:
             overselection="all",
             coded=False,
             prefill="routed",
-            budget_tokens=self.node_budget_tokens or self.budget_tokens,
+            budget_tokens=self.budget_tokens if self.node_budget_tokens is None else self.node_budget_tokens,
             node_budget_tokens=None,
         )
 
@@ -281,7 +281,10 @@ class HGAConfig:
             try:
                 self.by_nodes()
             except ValueError as error:
-                raise ValueError(f"prefill='nodes' opens whole nodes of node_size={self.node_size}: {error}") from error
+                raise ValueError(
+                    f"prefill='nodes' opens whole nodes of node_size={self.node_size}, with "
+                    f"node_budget_tokens={self.node_budget_tokens} (None: budget_tokens) as the budget: {error}"
+                ) from error
         elif self.node_budget_tokens is not None:
             raise ValueError(
                 f"node_budget_tokens={self.node_budget_tokens} has no meaning with prefill={self.prefill!r}; it is the "

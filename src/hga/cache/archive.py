@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -147,18 +148,22 @@ class Archive:
             keys, values = self.store.layout.unpack(records)
             yield keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
-    def stage(self) -> tuple[Tensor, Callable[[], None]]:
+    @contextmanager
+    def staged(self) -> Iterator[tuple[Tensor, Callable[[], None]]]:
         """All records (n, Hkv, G, 2, g, D) beside the model, in position order of chunks, copied beside other work.
 
-        What is called makes the current stream wait for them: before they are read, and before they are let go.
+        What is called makes the current stream wait for them, before they are read.
         """
         records = self._records(len(self.chunks))
         current, side = torch.cuda.current_stream(self._device), _staging_stream(self._device)
         side.wait_stream(current)  # the records' memory may still be in use there
-        with torch.cuda.stream(side):
-            self.store.stage(self.chunks, records)
-            arrived = side.record_event()
-        return records, functools.partial(current.wait_event, arrived)
+        try:
+            with torch.cuda.stream(side):
+                self.store.stage(self.chunks, records)
+                arrived = side.record_event()
+            yield records, functools.partial(current.wait_event, arrived)
+        finally:
+            current.wait_stream(side)  # whatever was begun, nothing is written into memory that is given back
 
     def stream_records(self) -> Iterator[Tensor]:
         """All records, some chunks (n, Hkv, G, 2, g, D) at a time, on a GPU, the next ones copied meanwhile.
@@ -180,14 +185,17 @@ class Archive:
                 self.store.stage(pieces[index], buffers[index % 2][: len(pieces[index])])
                 ready.append(side.record_event())
 
-        for index, piece in enumerate(pieces):
-            if index == 0:
-                fill(0)
-            if index + 1 < len(pieces):
-                fill(index + 1)
-            current.wait_event(ready[index])
-            yield buffers[index % 2][: len(piece)]
-            used.append(current.record_event())
+        try:
+            for index, piece in enumerate(pieces):
+                if index == 0:
+                    fill(0)
+                if index + 1 < len(pieces):
+                    fill(index + 1)
+                current.wait_event(ready[index])
+                yield buffers[index % 2][: len(piece)]
+                used.append(current.record_event())
+        finally:
+            current.wait_stream(side)
 
     def _records(self, chunks: int) -> Tensor:
         layout = self.store.layout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -75,21 +78,21 @@ def attend_routed_block(
     """
     from hga.ops.kernels.prefill_routed import attend_prefill_routed  # Triton is optional
 
-    closed = None
-    if archive is not None:
-        rows = archive.summaries
-        node_values = rows.held_node_values() if config.far_field else None
-        group_keys = rows.held_group_keys() if config.two_level else None
-        records, wait = archive.stage()
-        closed = ClosedChunks(records, rows.node_keys.held(), node_values, group_keys, wait)
     heads, repeats, tokens, _ = query.shape
     opened = query.new_empty(heads, tokens, dtype=torch.int32) if config.selectors(repeats) > 1 else None
-    try:
+    with nullcontext() if archive is None else _staged(config, archive) as closed:
         output = attend_prefill_routed(
             config, query, *near, closed, first, scoring.scale, scoring.softcap, opened=opened
         )
-    finally:
-        if closed is not None:
-            closed.wait()  # nothing is written into memory that is given back
     unique = None if opened is None else opened.double().mean(0) * config.group_size
     return add_sinks(output, scoring.sinks), unique
+
+
+@contextmanager
+def _staged(config: HGAConfig, archive: Archive) -> Iterator[ClosedChunks]:
+    """The archive's chunks for kernels, K/V on their way."""
+    rows = archive.summaries
+    node_values = rows.held_node_values() if config.far_field else None
+    group_keys = rows.held_group_keys() if config.two_level else None
+    with archive.staged() as (records, wait):
+        yield ClosedChunks(records, rows.node_keys.held(), node_values, group_keys, wait)

@@ -15,11 +15,16 @@ class FiniteCheck:
         self._positions = (first, first + keys.shape[1] - 1)
         # One NaN or Inf makes the sum so; in float64 finite numbers of a narrower type cannot.
         self._sum = keys.sum(dtype=torch.float64) + values.sum(dtype=torch.float64)
-        self._answer = self._sum.to("cpu", non_blocking=True)
+        self._answer = self._sum.to("cpu", non_blocking=keys.is_cuda)
         self._come = torch.cuda.current_stream(keys.device).record_event() if keys.is_cuda else None
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the answer is to come."""
+        return self._come is not None
+
     def clear(self, numbers: Tensor) -> Tensor:
-        """The numbers, or zeros in their place: what may be kept before the answer is known, and spreads nothing."""
+        """The numbers, all zero if one of K/V is not finite: what may be kept before that is known."""
         return numbers.where(self._sum.isfinite(), 0)
 
     def wait(self) -> None:

@@ -88,10 +88,11 @@ class Row:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take new tokens' K/V, (Hkv, T, D). ValueError if a number in them is NaN or infinite.
 
-        On a GPU `attend` raises it, when all work is launched: a host that waited here would leave the GPU idle.
+        On a GPU `attend` raises it, when all work is launched: a host that waited here would leave the GPU idle. Zeros
+        are kept then, and may be in closed chunks: the cache refuses everything until it is reset.
         """
         finite = FiniteCheck(keys, values, self.length)
-        if keys.is_cuda:
+        if finite.is_late:
             keys, values, self._unchecked = finite.clear(keys), finite.clear(values), finite
         else:
             finite.wait()
@@ -206,9 +207,9 @@ class Row:
                 routed[:] = self._attend_block(rule, query, routed_from, scoring)
             else:
                 self._attend_by_tiles(rule, query.to(compute_dtype(query.dtype)) * scoring.scale, scoring, routed)
-        if self._unchecked is not None:
-            self._unchecked.wait()
-            self._unchecked = None
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            unchecked.wait()
         if self.length >= config.dense_positions:
             self._close(closed_chunks(config, self.length))
         return out

@@ -149,9 +149,10 @@ def evaluate_nll(
     """Score the tokens of `ids` (1, N) under each rule, teacher forcing, dense first.
 
     score_from: the first position scored; by default the second half is. exact_prompt: whether what lies before it is
-    read densely. The document is fed in blocks of `block_tokens`; the result does not depend on them. Counters cover
-    the scored positions only. progress is called with the rule and the number of tokens just read. ValueError as
-    `score_rule` and `read_prompt_exactly`.
+    read densely. The document is fed in blocks of `block_tokens`; the result does not depend on them (but with
+    prefill="nodes", which reads a last block of less than 64 tokens by groups). Counters cover the scored positions
+    only. progress is called with the rule and the number of tokens just read. ValueError as `score_rule` and
+    `read_prompt_exactly`.
     """
     if exact_prompt:
         first = ids.shape[1] // 2 if score_from is None else score_from

@@ -119,7 +119,8 @@ def _recording_attention(
     repeats = query.shape[1] // key.shape[1]
     for name, rule in rules.items():
         if isinstance(rule, HGAConfig):
-            rule = RoutedRule.of(rule.of_layer(module.layer_idx, module.config.num_hidden_layers, repeats))
+            rule = rule.of_layer(module.layer_idx, module.config.num_hidden_layers, repeats)
+            rule = RoutedRule.of(rule.by_nodes() if rule.prefill == "nodes" else rule)
         notes: dict[str, Tensor] = {}  # of this rule and layer
         for tile in tiles:
             tile.notes = notes

@@ -130,8 +130,11 @@ def resolve_rules(
             elif name == "window":
                 rules[name] = _window_only(budget)
             else:
-                routing = _BY_NODES if bases[name].prefill == "nodes" else {"prefill": "routed"}
-                rules[name] = bases[name].replace(**routing, dense_below=0, budget_tokens=budget)
+                base = bases[name]
+                routing = _BY_NODES if base.prefill == "nodes" else {"prefill": "routed"}
+                if base.node_budget_tokens is not None:
+                    routing = routing | {"node_budget_tokens": base.node_budget_tokens * budget // base.budget_tokens}
+                rules[name] = base.replace(**routing, dense_below=0, budget_tokens=budget)
         except ValueError as error:
             raise ValueError(f"rule {name!r} on {tokens} tokens: {error}") from error
     return rules
@@ -147,7 +150,9 @@ def read_prompt_exactly(name: str, rule: Rule, tokens: int | None = None) -> Rul
         return None
     if not isinstance(rule, HGAConfig):
         raise ValueError(f"rule {name!r} is simulated and routes every token; leave --exact-prompt out, or the rule")
-    return rule.replace(prefill="exact") if tokens is None else rule.replace(dense_below=tokens)
+    return (
+        rule.replace(prefill="exact", node_budget_tokens=None) if tokens is None else rule.replace(dense_below=tokens)
+    )
 
 
 def _window_only(budget: int) -> HGAConfig:

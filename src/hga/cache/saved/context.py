@@ -80,7 +80,7 @@ def describe_context(
     path: Path, ids: Tensor, config: HGAConfig, model: dict[str, Any], suffix: str, layers: Sequence[SavedLayer]
 ) -> SavedContext:
     """The context that a file of these contents is."""
-    return _assemble(path, ids.numel(), hash_ids(ids), config, model, suffix, tuple(layers))
+    return _assemble(path, ids.numel(), hash_ids(ids), config, config.to_json(), model, suffix, tuple(layers))
 
 
 def open_context(path: Path) -> tuple[Reader, SavedContext, Tensor]:
@@ -154,14 +154,16 @@ def _assemble(
     tokens: int,
     ids_hash: str,
     config: HGAConfig,
+    config_text: str,
     model: dict[str, Any],
     suffix: str,
     layers: tuple[SavedLayer, ...],
 ) -> SavedContext:
+    """config_text: as the file has it, which lacks the fields that HGAConfig did not have when it was written."""
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
-        "config": config.to_json(),
+        "config": config_text,
         "model": json.dumps(model, sort_keys=True),
         "layers": json.dumps([layer.to_json() for layer in layers]),
         "tokens": str(tokens),
@@ -201,7 +203,16 @@ def _parse(path: Path, metadata: dict[str, str]) -> SavedContext:
         model = json.loads(metadata["model"])
         if not isinstance(model, dict):
             raise ValueError("its model is not described")
-        return _assemble(path, tokens, metadata["token_ids_xxh3"], config, model, metadata["suffix"], layers)
+        return _assemble(
+            path,
+            tokens,
+            metadata["token_ids_xxh3"],
+            config,
+            metadata["config"],
+            model,
+            metadata["suffix"],
+            layers,
+        )
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged: its metadata cannot be read ({cause[:200]})") from error

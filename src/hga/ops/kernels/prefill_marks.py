@@ -162,8 +162,9 @@ def _count(pending, archived, least):
 
 @triton.jit
 def _load_bits(rows, column, width):
-    """Masses (LINES, N) of some columns as integers, negative where there is none."""
-    return tl.load(rows + column[None, :], mask=(column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
+    """Masses (LINES, N) of some columns as integers, negative where there is none; a NaN is infinite."""
+    bits = tl.load(rows + column[None, :], mask=(column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
+    return tl.minimum(bits, 0x7F800000)
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def _mark_kernel(
     for start in range(0, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < end
-        bits = tl.load(rows + column[None, :], mask=inside[None, :], other=-1.0).to(tl.int32, bitcast=True)
+        bits = _load_bits(rows, column, end)
         chosen = (bits >= 0) & ((bits >= limit) | ((bits == limit - 1) & (column[None, :] < cut)))
         word = tl.sum(chosen.to(tl.int64) << lane[:, None].to(tl.int64), 0)
         tl.store(words + line * width + column, word, mask=inside)
