@@ -152,11 +152,7 @@ class Row:
 
     def end_token(self) -> None:
         """Count a token and what it attended to. What a union of R choices fetches is counted by the kernels."""
-        config, (index, chunks) = self._config, self.in_use()
-        pending = pending_groups(config, index)
-        groups = pending + chunks * config.chunk_size // config.group_size
-        attended = index + 1 + (min(groups, config.routed_groups) - pending) * config.group_size
-        self._counters.add(self.length + 1, attended, attended)
+        self._count_one(self._config, self.length, None)
         self.length += 1
 
     def in_use(self) -> tuple[int, int]:
@@ -268,9 +264,22 @@ class Row:
 
     def _count(self, config: HGAConfig, first: int, queries: int, unique: Tensor | None, fetched_bytes: int) -> None:
         """Count what queries from position `first` on attended; known beforehand, but for a union of heads."""
-        always, opened = attended_tokens(config, first, first + queries)
-        self._counters.add_all(first, always + opened, always + (opened if unique is None else unique.cpu()))
+        if queries == 1:
+            self._count_one(config, first, None if unique is None else unique.item())
+        else:
+            always, opened = attended_tokens(config, first, first + queries)
+            self._counters.add_all(first, always + opened, always + (opened if unique is None else unique.cpu()))
         self._counters.working_bytes = max(self._counters.working_bytes, fetched_bytes)
+
+    def _count_one(self, config: HGAConfig, position: int, unique: float | None) -> None:
+        """Count the query at a position without tensors, which a decoded token would wait for in every layer."""
+        chunks = self.chunks
+        index = position if position < config.sink_tokens else position - chunks * config.chunk_size
+        pending = pending_groups(config, index)
+        groups = pending + chunks * config.chunk_size // config.group_size
+        opened = min(groups, config.routed_groups) * config.group_size
+        always = index + 1 - pending * config.group_size
+        self._counters.add(position + 1, always + opened, always + (opened if unique is None else unique))
 
     def _routed_block(self, config: HGAConfig, query: Tensor) -> int:
         """Queries of a tile routed at once, so that their logits stay bounded as the context grows."""
