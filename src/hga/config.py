@@ -128,7 +128,12 @@ class HGAConfig:
     @property
     def dense_positions(self) -> int:
         """Queries at positions below this attend densely, whatever block they come in."""
-        return max(self.dense_below, 4 * self.budget_tokens if self.prefill in ("auto", "nodes") else 0)
+        return max(self.dense_below, 4 * self.budget_tokens if self.tells_blocks_apart else 0)
+
+    @property
+    def tells_blocks_apart(self) -> bool:
+        """Whether a long forward is read otherwise than a short one of several tokens."""
+        return self.prefill in ("auto", "nodes")
 
     @property
     def exact_block_tokens(self) -> int:

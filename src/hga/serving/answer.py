@@ -55,7 +55,7 @@ class Answer:
         self._ends = end_tokens(model)
         config = cache.hga_config
         # The last token is read alone, as it is when the same prompt comes again: then the answer is the same.
-        last = len(request.prompt_ids) - (config.prefill in ("auto", "nodes"))
+        last = len(request.prompt_ids) - config.tells_blocks_apart
         count, most = last - self.fed_tokens, config.block_tokens
         if model.device.type != "cuda":
             most = min(most, max(1, -(-count // max(1, count // CPU_BLOCK_TOKENS))))
