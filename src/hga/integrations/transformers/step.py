@@ -39,12 +39,6 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         # Entered again here, the current stream comes back even where a failed capture leaves its own in place.
         with torch.cuda.device(device), torch.cuda.stream(current):
-            try:
-                stream.wait_stream(current)
-                with torch.cuda.stream(stream):  # compiles kernels and makes the libraries allocate
-                    forward(input_ids=self._ids, position_ids=self._positions)
-            finally:
-                current.wait_stream(stream)
             capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
             with _garbage_kept(), capture:
                 self._out = forward(input_ids=self._ids, position_ids=self._positions)
@@ -80,8 +74,17 @@ def _garbage_kept() -> Iterator[None]:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: libraries keep a workspace for each stream that they see."""
-    return torch.cuda.Stream(device)
+    """One stream for all captures, on which next to nothing runs.
+
+    A step that ran there before it was captured left each kernel of the graph 0.42 us behind the last instead of 0.1
+    (H200, driver 580; `benchmarks/NOTES.md`), and the steps before it have compiled its kernels. What is run here is
+    one product: the workspace that cuBLAS keeps for each stream would else be allocated in the first capture.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        one = torch.ones(16, 16, device=device)
+        torch.mm(one, one)
+    return stream
 
 
 class Stepper:
@@ -97,6 +100,7 @@ class Stepper:
         self._model = model
         self._capturable = _can_capture(model)
         self._graph: StepGraph | None = None
+        self._outdated: StepGraph | None = None  # kept until there is another: see `_capture`
         self._eager_steps = 0
         self._generation = -1
         self._told = False  # that a step cannot be captured because of its store
@@ -110,7 +114,8 @@ class Stepper:
         with cache.begin_token():
             moved, apart = cache.decoding.generation != self._generation, not cache.can_capture_token()
             if moved or apart or (self._graph is not None and not self._graph.serves()):
-                self._graph, self._eager_steps, self._generation = None, 0, cache.decoding.generation
+                self._outdated, self._graph = None if apart else self._graph or self._outdated, None
+                self._eager_steps, self._generation = 0, cache.decoding.generation
             if apart and not self._told:
                 self._told = True
                 _log.info("decoding without a CUDA graph: the host brings a part of the archive in each step")
@@ -122,6 +127,11 @@ class Stepper:
             return forward(input_ids=input_ids, position_ids=position_ids)
 
     def _capture(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
+        """The step's graph, or None where that fails.
+
+        An outdated one goes only now: were it gone before the eager steps, the driver would give its place to them,
+        and the kernels of this one would lie 0.42 us apart from the second time on, not 0.1 (H200, driver 580).
+        """
         try:
             return StepGraph(self._model, forward, self._argument, input_ids, position_ids)
         except RuntimeError as error:
@@ -132,6 +142,8 @@ class Stepper:
                 "decoding without a CUDA graph: the model's step cannot be captured (%s)", str(error).split("\n")[0]
             )
             return None
+        finally:
+            self._outdated = None
 
 
 def _can_capture(model: Any) -> bool:
