@@ -104,6 +104,7 @@ def score_codes_kernel(
     PER_NODE: tl.constexpr,
     PER_CHUNK: tl.constexpr,
     FIRST: tl.constexpr,
+    CAPPED: tl.constexpr,
     FP8: tl.constexpr,
     BY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -156,7 +157,7 @@ def score_codes_kernel(
             step = widen_step(tl.load(steps + unit, mask=listed_here[:, None], other=0))
             chunk = problem.to(tl.int64) * channel_capacity + node // PER_CHUNK
             channel = channels + chunk[:, None] * width + b[None, :] * _PACKED
-            if softcap > 0:
+            if CAPPED:
                 rows = problem.to(tl.int64) * node_capacity + node
                 keys, key_scale = load_summaries(
                     node_keys, node_key_scales, rows, listed_here, d, width, FP8, BY_BITS, tl.float32

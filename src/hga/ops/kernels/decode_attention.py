@@ -12,6 +12,9 @@ from hga.ops.decode import CACHED_SPLITS, NEAR_SPLITS, Choice
 from hga.ops.kernels.decode_step import TYPES, Step
 from hga.ops.kernels.partial_attention import attend_kernel, merge_kernel
 
+_REGISTERS = 168
+"""A thread's registers in attention: an SM holds three programs so, two with all that the compiler would take."""
+
 
 def attend_parts(
     step: Step,
@@ -71,15 +74,16 @@ def attend_parts(
         PER_NODE_B=triton.next_power_of_2(max(1, step.per_node)),
         ALIGN=math.gcd(16, step.group_bytes),
         FAR=config.far_field,
-        FAR_BLOCK=64 if step.values[0].dtype.itemsize > 1 else 128,
+        FAR_BLOCK=step.far_block,
         UNIT_PARTS_B=triton.next_power_of_2(units.parts),
         GROUP_PARTS_B=triton.next_power_of_2(groups.parts),
         **step.encoding,
         DTYPE=TYPES[query.dtype],
         NEAR_SPLITS=NEAR_SPLITS,
         CACHED_SPLITS=CACHED_SPLITS,
-        FAR_SPLITS=scratch.splits,
+        FAR_SPLITS=step.far_splits,
         num_stages=1,  # staged for a product and for a store at once, banks would collide
+        maxnreg=_REGISTERS if step.wide <= 128 else None,
     )
 
 
@@ -99,6 +103,6 @@ def merge_parts(step: Step, query: Tensor, sinks: Tensor | None) -> Tensor:
         SHARE=share,
         DB=step.wide,
         SINKS=sinks is not None,
-        num_warps=8,
+        num_warps=4 if step.used_parts <= 128 else 8,
     )
     return out

@@ -128,6 +128,7 @@ def score_codes(
         PER_NODE=step.per_node,
         PER_CHUNK=config.chunk_size // config.node_size,
         FIRST=step.first,
+        CAPPED=softcap > 0,  # else registers for it would leave an SM half as many programs
         FP8=fp8,
         BY_BITS=lacks_fp8(query.device),
         DTYPE=widened(query.dtype),
@@ -165,7 +166,7 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         GROUP=config.group_size,
         PER_NODE=per_node,
         FIRST=first,
-        num_warps=8,
+        num_warps=4,
     )
     collect_kernel[grid](
         choice.mass,
@@ -185,7 +186,7 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         BLOCK=SELECTION_BLOCK,
         PER_NODE=per_node,
         FIRST=first,
-        num_warps=8,
+        num_warps=4,
     )
     resolve_kernel[(step.selectors,)](
         choice.mass,
@@ -237,7 +238,7 @@ def assign_slots(step: Step, groups: Choice, listed: Choice, direct: bool) -> No
         PER_NODE=step.per_node,
         FIRST=step.first,
         DIRECT=direct,
-        num_warps=min(32, max(8, wide // 512)),
+        num_warps=min(32, max(8 if wide <= 1024 else 16, wide // 512)),
     )
 
 
