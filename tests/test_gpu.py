@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from typing import Any
@@ -192,12 +193,20 @@ def test_gpu_memory_exhausted_leaves_model_and_process_usable() -> None:
     expected = generate(model, ids, config, 8)
     held = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
+    taken = []
     try:
+        for size in (4 << 20, 256 << 10):  # what earlier tests left free in blocks that are still held
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        del taken[-12:]  # enough to begin with
         with pytest.raises(torch.cuda.OutOfMemoryError):
             generate(model, ids, config, 8)
     finally:
+        taken.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
     assert torch.cuda.memory_allocated() - held < 8 << 20
