@@ -21,9 +21,10 @@ from hga.config import HGAConfig
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent / "README.md"
 _DETAIL = _FOLDER.parent / "docs" / "fidelity.md"
-_BEGIN, _END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+_MARKS = "<!-- {0}: begin -->\n", "<!-- {0}: end -->\n"
 _RULES = ("contiguous", "lean", "balanced", "mixed")
-_LEAST_TOKENS = 8192  # of a line in the README; docs/fidelity.md has shorter contexts too
+_LENGTHS = (8192, 32768, 65536)  # in the README; docs/fidelity.md has the others, too
+_DECODED = ("dense, graph", "balanced", "lean")
 _DOCUMENTS = {"edgeworth-parents.txt": "novel", "sqlite3.c": "C source", "kvm-api.rst": "manual"}
 
 
@@ -36,13 +37,38 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     """Markdown for the README: a line for each model and length, means over the documents."""
     lines = ["| model, tokens | " + " | ".join(_RULES) + " |", "| --- |" + " --- |" * len(_RULES)]
     for model, tokens in _measured(rows):
-        if tokens < _LEAST_TOKENS or model != _best_measured(rows, model, tokens):
+        if tokens not in _LENGTHS or model != _best_measured(rows, model, tokens):
             continue
         cells = [_mean(_of(rows, model, tokens, rule)) for rule in _RULES]
         lines.append(f"| {model}, {tokens // 1024}K | " + " | ".join(cells) + " |")
     lines.append("| summaries beside the model, share of K/V | " + " | ".join(_shares()) + " |")
     for field in ("attended", "fetched"):
         lines.append(f"| {field}, share of the context | " + " | ".join(_spread(rows, field)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown for the README: a line for each context, of the last commit at which every rule was measured."""
+    lines = [
+        "| a token, over dense, GPU memory beside the weights | dense | `balanced` | `lean` |",
+        "| --- | --- | --- | --- |",
+    ]
+    decoded = [row for row in rows if "p50_ms" in row]
+    for context in sorted({row["context"] for row in decoded}):
+        commits: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in decoded:
+            if row["context"] == context:
+                commits.setdefault(row["commit"], {})[row["rule"]] = row
+        whole = [commit for commit, found in commits.items() if found.keys() >= set(_DECODED)]
+        if not whole:
+            continue
+        found = commits[whole[-1]]
+        dense_ms = found[_DECODED[0]]["p50_ms"]
+        cells = []
+        for rule in _DECODED:
+            over = "" if rule == _DECODED[0] else f", {found[rule]['p50_ms'] / dense_ms:.2f}"
+            cells.append(f"{found[rule]['p50_ms']:.1f} ms{over}, {found[rule]['gpu_bytes'] / 2**30:.1f} GiB")
+        lines.append(f"| {context // 1024}K, at {whole[-1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,15 +145,19 @@ def _spread(rows: list[dict[str, Any]], field: str) -> list[str]:
 
 
 def main() -> None:
-    rows = [row for row in read_results("fidelity.jsonl") if not row.get("exact_prompt")]
-    for path, table in {_README: summary_table(rows), _DETAIL: document_table(rows)}.items():
-        text = path.read_text()
-        begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-        wanted = text[:begin] + table + text[end:]
+    fidelity = [row for row in read_results("fidelity.jsonl") if not row.get("exact_prompt")]
+    tables = (
+        (_README, "figures", summary_table(fidelity)),
+        (_README, "speed", speed_table(read_results("gpu_model.jsonl"))),
+        (_DETAIL, "figures", document_table(fidelity)),
+    )
+    for path, name, table in tables:
+        text, (begin, end) = path.read_text(), (mark.format(name) for mark in _MARKS)
+        wanted = text[: text.index(begin) + len(begin)] + table + text[text.index(end) :]
         if "--check" not in sys.argv:
             path.write_text(wanted)
         elif text != wanted:
-            sys.exit(f"{path.name}: the table of figures is out of date; run python benchmarks/readme_table.py")
+            sys.exit(f"{path.name}: the table of {name} is out of date; run python benchmarks/readme_table.py")
 
 
 if __name__ == "__main__":

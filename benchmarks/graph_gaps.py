@@ -1,0 +1,116 @@
+"""How far apart the kernels of a CUDA graph lie, by what its process did before it was captured.
+
+    python benchmarks/graph_gaps.py
+
+A graph of small kernels in a row, microseconds a kernel, launch of the graph included; each case in a process of its
+own. JSON lines. Why: a decode step is some 3,800 kernels, and 0.3 us more between them is a tenth of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+KERNELS = 1500
+
+
+class Case:
+    """One process's GPU: a small tensor, and the stream on which graphs are captured."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.zeros(1024, device="cuda")
+        self.stream = torch.cuda.Stream()
+        self.launch(1)
+
+    def launch(self, kernels: int) -> None:
+        """Small kernels on the current stream, waited for."""
+        for _ in range(kernels):
+            self.numbers.add_(1)
+        torch.cuda.synchronize()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """A graph of `KERNELS` kernels."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for _ in range(KERNELS):
+                self.numbers.add_(1)
+        return graph
+
+    def first(self) -> torch.cuda.CUDAGraph:
+        """Nothing before."""
+        return self.capture()
+
+    def launches_before(self) -> torch.cuda.CUDAGraph:
+        """30,000 kernels before, on the stream that replays."""
+        self.launch(30_000)
+        return self.capture()
+
+    def launches_on_its_stream(self) -> torch.cuda.CUDAGraph:
+        """12,000 kernels before, on the stream that is captured."""
+        with torch.cuda.stream(self.stream):
+            self.launch(12_000)
+        return self.capture()
+
+    def others_gone_before(self) -> torch.cuda.CUDAGraph:
+        """The fourth graph, each gone before the kernels that are launched between them."""
+        for _ in range(3):
+            graph = self.capture()
+            graph.replay()
+            torch.cuda.synchronize()
+            del graph
+            self.launch(8_000)
+        return self.capture()
+
+    def others_gone_after(self) -> torch.cuda.CUDAGraph:
+        """The fourth graph, each gone when the next one is there."""
+        graph = self.capture()
+        for _ in range(3):
+            graph.replay()
+            self.launch(8_000)
+            graph = self.capture()
+        return graph
+
+    def streams(self) -> torch.cuda.CUDAGraph:
+        """Twelve other streams, a kernel on each."""
+        for stream in [torch.cuda.Stream() for _ in range(12)]:
+            with torch.cuda.stream(stream):
+                self.launch(1)
+        return self.capture()
+
+
+CASES = [name for name in vars(Case) if not name.startswith("_") and name not in ("launch", "capture")]
+
+
+def time_replay(graph: torch.cuda.CUDAGraph, repeats: int = 15) -> float:
+    """Median seconds of a replay, waited for."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES), help="the default: all")
+    options = parser.parse_args()
+    cases = options.cases.split(",")
+    if len(cases) > 1:
+        for case in cases:
+            subprocess.run([sys.executable, __file__, "--cases", case], check=True)
+        return
+    seconds = time_replay(getattr(Case(), cases[0])())
+    row = {"case": cases[0], "kernels": KERNELS, "us_a_kernel": round(seconds / KERNELS * 1e6, 3)}
+    print(json.dumps(row | {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
