@@ -191,10 +191,10 @@ def test_gpu_memory_exhausted_leaves_model_and_process_usable() -> None:
     ids = torch.randint(1, 512, (1, 1500), device="cuda")
     config = hga.HGAConfig.preset("balanced", **ROUTED)
     expected = generate(model, ids, config, 8)
-    held = torch.cuda.memory_allocated()
-    total = torch.cuda.get_device_properties(0).total_memory
     gc.collect()
     torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
     taken = []
     try:

@@ -236,8 +236,9 @@ def test_a_context_that_becomes_whole_within_a_step_is_captured_after_it(
     assert not any(brought)
 
 
+@pytest.mark.parametrize("room_for_two", [True, False])
 @torch.no_grad()
-def test_an_outdated_graph_goes_when_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_graph_goes_when_there_is_another(room_for_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone before, it would leave the next one slower (NOTES); never replayed again, and not kept any longer."""
     made: list[weakref.ref[Graph]] = []
     alive_beside: list[int] = []
@@ -245,6 +246,8 @@ def test_an_outdated_graph_goes_when_there_is_another(monkeypatch: pytest.Monkey
     class Graph:
         def __init__(self, model: Any, forward: Any, argument: str, input_ids: Tensor, position_ids: Tensor) -> None:
             alive_beside.append(sum(other() is not None for other in made))
+            if alive_beside[-1] and not room_for_two:
+                raise torch.OutOfMemoryError("CUDA out of memory")
             made.append(weakref.ref(self))
             self._forward = forward
 
@@ -262,9 +265,10 @@ def test_an_outdated_graph_goes_when_there_is_another(monkeypatch: pytest.Monkey
         cache = read_and_decode(model, ids, 118, 122)
         assert alive_beside == [0]
         cache.decoding.generation += 1  # as when a buffer moves
-        for at in range(122, 126):
+        for at in range(122, 128):
             model(ids[:, at : at + 1], past_key_values=cache)
-    assert alive_beside == [0, 1]
+        assert cache.stepper._graph is made[-1]()
+    assert alive_beside == ([0, 1] if room_for_two else [0, 1, 0])
     assert [graph() is not None for graph in made] == [False, True]
 
 

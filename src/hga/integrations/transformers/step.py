@@ -39,6 +39,7 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         # Entered again here, the current stream comes back even where a failed capture leaves its own in place.
         with torch.cuda.device(device), torch.cuda.stream(current):
+            _allocate_workspace(device, stream)
             capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
             with _garbage_kept(), capture:
                 self._out = forward(input_ids=self._ids, position_ids=self._positions)
@@ -77,14 +78,16 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures, on which next to nothing runs.
 
     A step that ran there before it was captured left each kernel of the graph 0.42 us behind the last instead of 0.1
-    (H200, driver 580; `benchmarks/NOTES.md`), and the steps before it have compiled its kernels. What is run here is
-    one product: the workspace that cuBLAS keeps for each stream would else be allocated in the first capture.
+    (H200, driver 580; `benchmarks/NOTES.md`), and the steps before it have compiled its kernels.
     """
-    stream = torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)
+
+
+def _allocate_workspace(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Have cuBLAS make what it keeps for this thread and stream: in a capture it fails, or takes the graph's memory."""
     with torch.cuda.stream(stream):
         one = torch.ones(16, 16, device=device)
         torch.mm(one, one)
-    return stream
 
 
 class Stepper:
@@ -129,15 +132,19 @@ class Stepper:
     def _capture(self, forward: Forward, cache: HGACache, input_ids: Tensor, position_ids: Tensor) -> StepGraph | None:
         """The step's graph, or None where that fails.
 
-        An outdated one goes only now: were it gone before the eager steps, the driver would give its place to them,
-        and the kernels of this one would lie 0.42 us apart from the second time on, not 0.1 (H200, driver 580).
+        An outdated one goes only now: were it gone before the eager steps, the kernels of this one would lie 0.42 us
+        apart from the second time on, not 0.1 (H200, driver 580). If there is no memory for both, it is tried again
+        without it.
         """
         try:
             return StepGraph(self._model, forward, self._argument, input_ids, position_ids)
         except RuntimeError as error:
+            cache.abandon_token()  # it may have ended inside a layer; the step is run again, eagerly
+            if isinstance(error, torch.OutOfMemoryError) and self._outdated is not None:
+                self._eager_steps = 0
+                return None
             self._capturable = False
             setattr(self._model, _REFUSED, True)  # a failed capture costs memory: not again for the next cache
-            cache.abandon_token()  # it may have ended inside a layer; the step is run again, eagerly
             _log.warning(
                 "decoding without a CUDA graph: the model's step cannot be captured (%s)", str(error).split("\n")[0]
             )

@@ -67,6 +67,7 @@ def attend_parts(
         step.width,
         step.values[0].shape[3],
         step.parts_stride,
+        step.far_splits,
         **step.tile,
         GROUP=config.group_size,
         FIRST=step.first,
@@ -81,7 +82,6 @@ def attend_parts(
         DTYPE=TYPES[query.dtype],
         NEAR_SPLITS=NEAR_SPLITS,
         CACHED_SPLITS=CACHED_SPLITS,
-        FAR_SPLITS=step.far_splits,
         num_stages=1,  # staged for a product and for a store at once, banks would collide
         maxnreg=_REGISTERS if step.wide <= 128 else None,
     )

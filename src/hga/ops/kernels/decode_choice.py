@@ -186,7 +186,7 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         BLOCK=SELECTION_BLOCK,
         PER_NODE=per_node,
         FIRST=first,
-        num_warps=4,
+        num_warps=4 if splits <= 32 else 8,  # histograms of more take all registers of four
     )
     resolve_kernel[(step.selectors,)](
         choice.mass,

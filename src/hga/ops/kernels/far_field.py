@@ -108,12 +108,12 @@ def attend_far(
     width,
     parts,
     part,
+    splits,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
     DB: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     PARTS_B: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -128,7 +128,7 @@ def attend_far(
     """
     problem = selector // SELECTORS
     count = tl.load(counts + problem // kv_heads * COUNTS + 1) * units_per_chunk
-    start, stop = split_range(count, split, SPLITS, BLOCK)
+    start, stop = split_range(count, split, splits, BLOCK)
     limit, last = tl.load(limits + selector * 2), tl.load(limits + selector * 2 + 1)
     r, d = tl.arange(0, RB), tl.arange(0, WIDE)
     lines = selector.to(tl.int64) * ROWS + r

@@ -11,7 +11,7 @@ from hga.ops.kernels.far_field import attend_far, attend_listed_far
 _NEVER = tl.constexpr(float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["far_splits"])  # it grows with the context: one code for all
 def attend_kernel(
     query,
     near_keys,
@@ -56,6 +56,7 @@ def attend_kernel(
     width,
     value_width,
     parts,
+    far_splits,
     ROWS: tl.constexpr,
     SELECTORS: tl.constexpr,
     RB: tl.constexpr,
@@ -77,7 +78,6 @@ def attend_kernel(
     DTYPE: tl.constexpr,
     NEAR_SPLITS: tl.constexpr,
     CACHED_SPLITS: tl.constexpr,
-    FAR_SPLITS: tl.constexpr,
 ):
     """All attention of a step, a part a program: near tokens, opened groups, the far field's units, and what was not
     opened of listed nodes (PER_NODE > 0).
@@ -150,7 +150,7 @@ def attend_kernel(
             FAR,
             DTYPE,
         )
-    elif part < CACHED_SPLITS + NEAR_SPLITS + FAR_SPLITS:
+    elif part < CACHED_SPLITS + NEAR_SPLITS + far_splits:
         attend_far(
             selector,
             part - CACHED_SPLITS - NEAR_SPLITS,
@@ -173,12 +173,12 @@ def attend_kernel(
             value_width,
             parts,
             part,
+            far_splits,
             ROWS,
             SELECTORS,
             RB,
             DB,
             FAR_BLOCK,
-            FAR_SPLITS,
             UNIT_PARTS_B,
             FIRST if PER_NODE == 0 else 0,
             WIDE,
@@ -190,7 +190,7 @@ def attend_kernel(
     elif PER_NODE > 0:
         attend_listed_far(
             selector,
-            part - CACHED_SPLITS - NEAR_SPLITS - FAR_SPLITS,
+            part - CACHED_SPLITS - NEAR_SPLITS - far_splits,
             values,
             value_scales,
             capacity,

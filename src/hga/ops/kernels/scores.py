@@ -75,9 +75,9 @@ def count_pending(near_length, sink, window, GROUP: tl.constexpr):
 
 
 @triton.jit
-def split_range(count, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def split_range(count, split, splits, BLOCK: tl.constexpr):
     """The part [start, stop) of `count` units that a split takes, whole blocks each."""
-    size = (count + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
+    size = (count + splits * BLOCK - 1) // (splits * BLOCK) * BLOCK
     start = split * size
     return start, tl.minimum(start + size, count)
 
