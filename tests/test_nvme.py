@@ -339,7 +339,7 @@ def test_the_ram_cache_is_shared_by_the_layers():
         read(model, cache, torch.ones(1, 300, dtype=torch.long))
     stores = [layer._stores[0] for layer in cache.routed]
     assert all(isinstance(store, NvmeStore) for store in stores)
-    assert [store._cache.slots * store._cache.piece_bytes for store in stores] == [1 << 19] * 2
+    assert [store._cached.cache.slots * store._cached.cache.piece_bytes for store in stores] == [1 << 19] * 2
 
 
 def test_ram_cache_bytes_is_checked():

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hga.store.extents import fit_piece, in_turn, runs
+from hga.store.cached_pieces import CachedPieces, Deliver
+from hga.store.extents import fit_piece, runs
 from hga.store.host import allocate_host, check_host_room
 from hga.store.locking import alone
 from hga.store.piece_files import PieceFiles
-from hga.store.pieces import PieceCache, take_rows
-from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader, is_over
+from hga.store.pieces import take_rows
+from hga.store.reader import DEADLINE_SECONDS, OpenFile, Preadv, Reader
 from hga.store.record import RecordLayout, check_records
 from hga.store.saved import SavedChunks
 from hga.store.scratch import Pwritev, WriteBehind, open_scratch, reserve
@@ -27,11 +26,6 @@ from hga.store.traffic import Traffic
 _FIRST_CHUNKS = 16
 _GROWTH = 4  # the file grows by a quarter
 _LARGEST_GROWTH_BYTES = 256 << 20
-
-_Deliver = Callable[[slice, Any, Any, Any], None]
-"""Takes some of the groups asked for, which lie in pieces (n, bytes): which piece, and which row in it, each is."""
-_HandOver = Callable[[int, Any, Any], None]
-"""Delivers a part of a batch: its number, pieces (n, bytes), and where in them each distinct piece is."""
 
 
 class NvmeStore:
@@ -72,11 +66,11 @@ class NvmeStore:
     def _cut(self, piece_bytes: int, saved: SavedChunks | None = None) -> None:
         """Read and cache pieces of this size, the first ones from a saved file."""
         self._piece_bytes = piece_bytes
-        self._pieces = -(-self._chunk_bytes // piece_bytes)  # of a chunk; the last may be padded
-        self._slots = max(1, self._ram_cache_bytes // piece_bytes)
-        self._cache = PieceCache(self._slots, piece_bytes)
+        self._per_chunk = -(-self._chunk_bytes // piece_bytes)  # the last may be padded
+        slots = max(1, self._ram_cache_bytes // piece_bytes)
         reader = None if saved is None else Reader(saved.file, self.traffic, **self._faults)
-        self._files = PieceFiles(piece_bytes, self._pieces, saved, reader)
+        self._files = PieceFiles(piece_bytes, self._per_chunk, saved, reader)
+        self._cached = CachedPieces(self._files, piece_bytes, self._per_chunk, slots, self.traffic)
 
     def _empty(self) -> None:
         """Hold nothing, and no resource but the cache's address space."""
@@ -99,7 +93,7 @@ class NvmeStore:
             raise ValueError(f"a store that holds {len(self._holders)} chunks cannot adopt a saved file's")
         self._cut(saved.piece_bytes, saved)
         self._capacity = saved.chunks
-        self._cache.grow(self._capacity * self._pieces)
+        self._cached.grow(self._capacity)
         if order is not None:
             self._order = order.clone()
         ids = list(range(saved.chunks))
@@ -130,7 +124,7 @@ class NvmeStore:
             for first, run in runs(ids, self._at_once):
                 self._keep(run, data[first : first + len(run)])
         except BaseException:  # a queue that does not move, or no memory: nothing is kept
-            self._drop(ids)
+            self._cached.drop(ids)
             raise
         if order is not None:
             self._order[ids] = order.to("cpu")
@@ -158,7 +152,7 @@ class NvmeStore:
             staging = block.bytes[: at_once * self._stride].view(-1, self._stride)
             for start in range(0, len(ids), at_once):
                 part = ids[start : start + at_once]
-                self._gather(part, staging.numpy())
+                self._cached.gather(part, staging.numpy())
                 rows = staging[: len(part), : self._chunk_bytes].contiguous()
                 out[start : start + len(part)].copy_(rows.view(self.layout.dtype).view(len(part), *self.layout.shape))
 
@@ -219,7 +213,7 @@ class NvmeStore:
                 del self._holders[chunk]
                 if chunk >= self._files.first_own:  # a saved file's place cannot be written to
                     self._free.append(chunk)
-                self._drop([chunk])
+                self._cached.drop([chunk])
         self._free.sort(reverse=True)
         if not self._holders and self._capacity:
             self._files.cancel()
@@ -241,7 +235,7 @@ class NvmeStore:
 
     def allocated_bytes(self) -> dict[str, int]:
         """See `Store.allocated_bytes`: the files; the cache, permutations and what waits to be written."""
-        ram = self._cache.held_bytes + self._order.nbytes + self.traffic.queued_bytes
+        ram = self._cached.cache.held_bytes + self._order.nbytes + self.traffic.queued_bytes
         return {"nvme": (self._files.first_own + self._file_chunks) * self._stride, "ram": ram}
 
     @alone
@@ -263,7 +257,7 @@ class NvmeStore:
     @property
     def _stride(self) -> int:
         """Bytes from one chunk to the next in the file."""
-        return self._pieces * self._piece_bytes
+        return self._per_chunk * self._piece_bytes
 
     @property
     def _at_once(self) -> int:
@@ -272,7 +266,7 @@ class NvmeStore:
 
     def _stays_in_ram(self, chunks: int) -> bool:
         """Whether so many chunks more, without a file yet, need none: reading saved chunks would push them out."""
-        return self._spill and self._files.saved is None and chunks * self._pieces <= self._cache.free
+        return self._spill and self._files.saved is None and chunks * self._per_chunk <= self._cached.cache.free
 
     def _grow(self, chunks: int) -> None:
         """Make ids below `chunks` known; what can run out of memory comes first."""
@@ -283,7 +277,7 @@ class NvmeStore:
             grown = torch.empty(room, *self._order.shape[1:], dtype=torch.int16)
             grown[: len(self._order)] = self._order
             self._order = grown
-        self._cache.grow(chunks * self._pieces)
+        self._cached.grow(chunks)
         self._free[:0] = range(chunks - 1, chunks - 1 - added, -1)
         self._capacity = chunks
 
@@ -296,8 +290,7 @@ class NvmeStore:
             own = sorted(chunk for chunk in self._holders if chunk >= self._files.first_own)
             for _, run in runs(own, self._at_once):
                 block = allocate_host(len(run) * self._stride)
-                rows: Any = block.bytes.view(-1, self._piece_bytes).numpy()
-                self._cache.memory.take(self._cache.find(self._pieces_of(run).ravel()), 0, rows, "clip")
+                self._cached.copy_cached(run, block.bytes.view(len(run), self._stride).numpy())
                 writer.put(run, block, self._files.place(run[0]))
         except BaseException:  # the cache still holds everything
             writer.cancel()
@@ -328,107 +321,18 @@ class NvmeStore:
         block = allocate_host(len(ids) * self._stride)
         padded: Any = block.bytes.view(len(ids), self._stride).numpy()
         padded[:, : self._chunk_bytes] = rows
-        pieces = self._pieces_of(ids).ravel()[: self._cache.free]
-        slots = self._cache.take(len(pieces))
-        self._cache.memory[slots] = padded.reshape(-1, self._piece_bytes)[: len(pieces)]
-        self._cache.put(pieces, slots)
+        self._cached.keep(ids, padded)
         if self._files.writer is not None:
             self._files.writer.put(ids, block, self._files.place(ids[0]))
 
-    def _drop(self, ids: list[int]) -> None:
-        """Forget what RAM holds of chunks."""
-        self._cache.forget(self._pieces_of(ids).ravel())
-        for chunk in ids:
-            self._files.forget(chunk)
-
     # ---- bringing ------------------------------------------------------------------------------------
 
-    def _bring(self, ids: Tensor, heads: Tensor, groups: Tensor, deliver: _Deliver) -> None:
+    def _bring(self, ids: Tensor, heads: Tensor, groups: Tensor, deliver: Deliver) -> None:
         """Bring groups, indices that broadcast, and deliver them in parts: the first while others are read."""
         per_piece = self._piece_bytes // self._group_bytes
         index: Any = (heads * self.layout.groups + groups).numpy()  # in the chunk
-        wanted, rows = (ids.numpy() * self._pieces + index // per_piece).ravel(), (index % per_piece).ravel()
-        at_once = max(self._slots, STAGED_BYTES // self._piece_bytes)
-        for start in range(0, len(wanted), at_once):
-            batch = slice(start, min(start + at_once, len(wanted)))
-            found = self._cache.find(wanted[batch])
-            hit = found >= 0
-            self._cache.begin(found[hit])
-            hits = int(hit.sum())
-            self.traffic.add_look_ups(hits, len(hit) - hits)
-            if hits == len(hit):
-                deliver(batch, self._cache.memory, found, rows[batch])
-                continue
-            pieces, place = self._cache.find_distinct(wanted[batch])
-            slots = self._cache.find(pieces)
-            missing, ends, cuts = in_turn(slots < 0, place, self._piece_bytes)
-
-            def hand_over(
-                part: int, memory: Any, where: Any, place: Any = place, cuts: Any = cuts, start: int = start
-            ) -> None:
-                here = slice(cuts[part], cuts[part + 1])
-                there = slice(start + here.start, start + here.stop)
-                deliver(there, memory, where[place[here]], rows[there])
-
-            if len(pieces) <= self._slots:
-                self._read_to_cache(pieces, slots, missing, ends, hand_over)
-            else:
-                self._read_past_cache(pieces, slots, missing, ends, hand_over)
-
-    def _read_to_cache(self, pieces: Any, slots: Any, missing: Any, ends: Any, hand_over: _HandOver) -> None:
-        """Read those of some pieces that have no slot, in parts, into slots, and note these."""
-        taken = self._cache.take(len(missing))
-        slots[missing] = taken
-        memory = self._cache.memory
-        try:
-            self._files.load(pieces[missing], self._cache.raw, taken, ends, lambda part: hand_over(part, memory, slots))
-        except BaseException as error:
-            if is_over(error):
-                self._cache.give_back(taken)
-            else:  # late reads may still write into the old one
-                self._cache = self._fresh_cache()
-            raise
-        self._cache.put(pieces[missing], taken)
-
-    def _read_past_cache(self, pieces: Any, slots: Any, missing: Any, ends: Any, hand_over: _HandOver) -> None:
-        """The same for more pieces than the cache holds, into borrowed memory; some of those read stay in the cache.
-
-        As many as have room beside what this batch found there, of all of it alike: a scan then leaves what is used
-        again and again where it is.
-        """
-        size, hit = self._piece_bytes, np.flatnonzero(slots >= 0)
-        with borrow(len(pieces) * size) as block:
-            staged: Any = block.bytes.numpy()[: len(pieces) * size].reshape(-1, size)
-
-            def arrived(part: int) -> None:
-                if not part:
-                    staged[hit] = self._cache.memory[slots[hit]]
-                hand_over(part, staged, np.arange(len(pieces)))
-
-            self._files.load(pieces[missing], memoryview(staged).cast("B"), missing, ends, arrived)
-            room = min(len(missing), self._slots - len(hit))
-            kept = missing[np.arange(room) * len(missing) // max(1, room)]
-            taken = self._cache.take(room)
-            self._cache.memory[taken] = staged[kept]
-            self._cache.put(pieces[kept], taken)
-
-    def _gather(self, ids: list[int], rows: Any) -> None:
-        """Copy whole chunks to rows (n, stride) of page-aligned memory: from the cache, the queue or a file."""
-        slots = self._cache.find(self._pieces_of(ids))
-        cached = (slots >= 0).all(1)
-        for index in np.flatnonzero(cached).tolist():
-            rows[index].reshape(self._pieces, -1)[:] = self._cache.memory[slots[index]]
-        others = np.flatnonzero(~cached).tolist()
-        self._files.load_chunks([ids[index] for index in others], [rows[index] for index in others])
-
-    def _fresh_cache(self) -> PieceCache:
-        cache = PieceCache(self._slots, self._piece_bytes)
-        cache.grow(self._capacity * self._pieces)
-        return cache
-
-    def _pieces_of(self, ids: list[int]) -> Any:
-        """Numbers of the pieces of chunks, (n, pieces)."""
-        return np.array(ids, np.int64)[:, None] * self._pieces + np.arange(self._pieces)
+        wanted = ids.numpy() * self._per_chunk + index // per_piece
+        self._cached.bring(wanted.ravel(), (index % per_piece).ravel(), deliver)
 
     def _held(self, chunk: int) -> int:
         if chunk not in self._holders:
