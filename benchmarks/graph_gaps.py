@@ -25,15 +25,15 @@ class Case:
     def __init__(self) -> None:
         self.numbers = torch.zeros(1024, device="cuda")
         self.stream = torch.cuda.Stream()
-        self.launch(1)
+        self._launch(1)
 
-    def launch(self, kernels: int) -> None:
+    def _launch(self, kernels: int) -> None:
         """Small kernels on the current stream, waited for."""
         for _ in range(kernels):
             self.numbers.add_(1)
         torch.cuda.synchronize()
 
-    def capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """A graph of `KERNELS` kernels."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
@@ -43,47 +43,47 @@ class Case:
 
     def first(self) -> torch.cuda.CUDAGraph:
         """Nothing before."""
-        return self.capture()
+        return self._capture()
 
     def launches_before(self) -> torch.cuda.CUDAGraph:
         """30,000 kernels before, on the stream that replays."""
-        self.launch(30_000)
-        return self.capture()
+        self._launch(30_000)
+        return self._capture()
 
     def launches_on_its_stream(self) -> torch.cuda.CUDAGraph:
         """12,000 kernels before, on the stream that is captured."""
         with torch.cuda.stream(self.stream):
-            self.launch(12_000)
-        return self.capture()
+            self._launch(12_000)
+        return self._capture()
 
     def others_gone_before(self) -> torch.cuda.CUDAGraph:
         """The fourth graph, each gone before the kernels that are launched between them."""
         for _ in range(3):
-            graph = self.capture()
+            graph = self._capture()
             graph.replay()
             torch.cuda.synchronize()
             del graph
-            self.launch(8_000)
-        return self.capture()
+            self._launch(8_000)
+        return self._capture()
 
     def others_gone_after(self) -> torch.cuda.CUDAGraph:
         """The fourth graph, each gone when the next one is there."""
-        graph = self.capture()
+        graph = self._capture()
         for _ in range(3):
             graph.replay()
-            self.launch(8_000)
-            graph = self.capture()
+            self._launch(8_000)
+            graph = self._capture()
         return graph
 
     def streams(self) -> torch.cuda.CUDAGraph:
         """Twelve other streams, a kernel on each."""
         for stream in [torch.cuda.Stream() for _ in range(12)]:
             with torch.cuda.stream(stream):
-                self.launch(1)
-        return self.capture()
+                self._launch(1)
+        return self._capture()
 
 
-CASES = [name for name in vars(Case) if not name.startswith("_") and name not in ("launch", "capture")]
+CASES = [name for name in vars(Case) if not name.startswith("_")]
 
 
 def time_replay(graph: torch.cuda.CUDAGraph, repeats: int = 15) -> float:

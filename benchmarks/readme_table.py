@@ -55,21 +55,17 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     ]
     setting = {"model": "qwen3-30b-a3b.json", "hardware": "NVIDIA H200", "drift": 0.02}
     decoded = [row for row in rows if "p50_ms" in row and all(row.get(k, v) == v for k, v in setting.items())]
-    for context in sorted({row["context"] for row in decoded}):
-        commits: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in decoded:
-            if row["context"] == context:
-                commits.setdefault(row["commit"], {})[row["rule"]] = row
-        whole = [commit for commit, found in commits.items() if found.keys() >= set(_DECODED)]
-        if not whole:
-            continue
-        found = commits[whole[-1]]
+    groups: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    for row in decoded:
+        groups.setdefault((row["context"], row["commit"]), {})[row["rule"]] = row
+    whole = {context: (commit, found) for (context, commit), found in groups.items() if found.keys() >= set(_DECODED)}
+    for context, (commit, found) in sorted(whole.items()):
         dense_ms = found[_DECODED[0]]["p50_ms"]
         cells = []
         for rule in _DECODED:
             over = "" if rule == _DECODED[0] else f", {found[rule]['p50_ms'] / dense_ms:.2f}"
             cells.append(f"{found[rule]['p50_ms']:.1f} ms{over}, {found[rule]['gpu_bytes'] / 2**30:.1f} GiB")
-        lines.append(f"| {context // 1024}K, at {whole[-1]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {context // 1024}K, at {commit} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -27,7 +27,7 @@ class CachedPieces:
         """MemoryError if the system refuses the address space of `slots` pieces."""
         self.cache = PieceCache(slots, piece_bytes)
         self._files = files
-        self._piece_bytes, self._per_chunk, self._slots = piece_bytes, per_chunk, slots
+        self._per_chunk = per_chunk
         self._traffic = traffic
         self._known = 0
 
@@ -40,13 +40,8 @@ class CachedPieces:
         """Cache those of the chunks' bytes (n, stride) that there is room for."""
         pieces = self._numbers(ids).ravel()[: self.cache.free]
         slots = self.cache.take(len(pieces))
-        self.cache.memory[slots] = rows.reshape(-1, self._piece_bytes)[: len(pieces)]
+        self.cache.memory[slots] = rows.reshape(-1, self.cache.piece_bytes)[: len(pieces)]
         self.cache.put(pieces, slots)
-
-    def copy_cached(self, ids: list[int], rows: Any) -> None:
-        """Copy chunks that the cache holds whole to rows (n, stride)."""
-        slots = self.cache.find(self._numbers(ids).ravel())
-        self.cache.memory.take(slots, 0, rows.reshape(-1, self._piece_bytes), "clip")
 
     def drop(self, ids: list[int]) -> None:
         """Forget what RAM holds of chunks."""
@@ -65,7 +60,7 @@ class CachedPieces:
 
     def bring(self, wanted: Any, rows: Any, deliver: Deliver) -> None:
         """Bring rows of the wanted pieces, and deliver them in parts: the first while others are read."""
-        at_once = max(self._slots, STAGED_BYTES // self._piece_bytes)
+        at_once = max(self.cache.slots, STAGED_BYTES // self.cache.piece_bytes)
         for start in range(0, len(wanted), at_once):
             batch = slice(start, min(start + at_once, len(wanted)))
             found = self.cache.find(wanted[batch])
@@ -78,7 +73,7 @@ class CachedPieces:
                 continue
             pieces, place = self.cache.find_distinct(wanted[batch])
             slots = self.cache.find(pieces)
-            missing, ends, cuts = in_turn(slots < 0, place, self._piece_bytes)
+            missing, ends, cuts = in_turn(slots < 0, place, self.cache.piece_bytes)
 
             def hand_over(
                 part: int, memory: Any, where: Any, place: Any = place, cuts: Any = cuts, start: int = start
@@ -87,7 +82,7 @@ class CachedPieces:
                 there = slice(start + here.start, start + here.stop)
                 deliver(there, memory, where[place[here]], rows[there])
 
-            if len(pieces) <= self._slots:
+            if len(pieces) <= self.cache.slots:
                 self._read_to_cache(pieces, slots, missing, ends, hand_over)
             else:
                 self._read_past_cache(pieces, slots, missing, ends, hand_over)
@@ -103,7 +98,7 @@ class CachedPieces:
             if is_over(error):
                 self.cache.give_back(taken)
             else:  # late reads may still write into the old one
-                self.cache = PieceCache(self._slots, self._piece_bytes)
+                self.cache = PieceCache(self.cache.slots, self.cache.piece_bytes)
                 self.cache.grow(self._known)
             raise
         self.cache.put(pieces[missing], taken)
@@ -114,7 +109,7 @@ class CachedPieces:
         As many as have room beside what this batch found there, of all of it alike: a scan then leaves what is used
         again and again where it is.
         """
-        size, hit = self._piece_bytes, np.flatnonzero(slots >= 0)
+        size, hit = self.cache.piece_bytes, np.flatnonzero(slots >= 0)
         with borrow(len(pieces) * size) as block:
             staged: Any = block.bytes.numpy()[: len(pieces) * size].reshape(-1, size)
 
@@ -124,7 +119,7 @@ class CachedPieces:
                 hand_over(part, staged, np.arange(len(pieces)))
 
             self._files.load(pieces[missing], memoryview(staged).cast("B"), missing, ends, arrived)
-            room = min(len(missing), self._slots - len(hit))
+            room = min(len(missing), self.cache.slots - len(hit))
             kept = missing[np.arange(room) * len(missing) // max(1, room)]
             taken = self.cache.take(room)
             self.cache.memory[taken] = staged[kept]

@@ -290,7 +290,7 @@ class NvmeStore:
             own = sorted(chunk for chunk in self._holders if chunk >= self._files.first_own)
             for _, run in runs(own, self._at_once):
                 block = allocate_host(len(run) * self._stride)
-                self._cached.copy_cached(run, block.bytes.view(len(run), self._stride).numpy())
+                self._cached.gather(run, block.bytes.view(len(run), self._stride).numpy())
                 writer.put(run, block, self._files.place(run[0]))
         except BaseException:  # the cache still holds everything
             writer.cancel()

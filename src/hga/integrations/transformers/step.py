@@ -117,8 +117,8 @@ class Stepper:
         with cache.begin_token():
             moved, apart = cache.decoding.generation != self._generation, not cache.can_capture_token()
             if moved or apart or (self._graph is not None and not self._graph.serves()):
-                self._outdated, self._graph = None if apart else self._graph or self._outdated, None
-                self._eager_steps, self._generation = 0, cache.decoding.generation
+                self._outdated = None if apart else (self._graph or self._outdated)
+                self._graph, self._eager_steps, self._generation = None, 0, cache.decoding.generation
             if apart and not self._told:
                 self._told = True
                 _log.info("decoding without a CUDA graph: the host brings a part of the archive in each step")

@@ -13,7 +13,10 @@ from hga.ops.kernels.decode_step import TYPES, Step
 from hga.ops.kernels.partial_attention import attend_kernel, merge_kernel
 
 _REGISTERS = 168
-"""A thread's registers in attention: an SM holds three programs so, two with all that the compiler would take."""
+"""A thread's registers in attention: an SM holds three programs so, two with all that the compiler would take.
+
+Wider heads than 128 would spill hundreds of bytes.
+"""
 
 
 def attend_parts(

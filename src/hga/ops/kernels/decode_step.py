@@ -53,14 +53,14 @@ class Step:
         scratch = layer.scratch
         self.parts = (scratch.peaks, scratch.totals, scratch.sums)
         self.parts_stride = scratch.peaks.shape[1]
-        self.used_parts, self.far_splits = CACHED_SPLITS + NEAR_SPLITS, scratch.splits
         held = layer.node_values
         if held is None:  # without a far field no program looks at values, and any tensor does
             held = Rows(layer.near_keys, None)
         data, scale = held
         self.far_block = 64 if data.dtype.itemsize > 1 else 128
-        if layer.node_values is not None:  # no more programs than can have units
-            self.far_splits = min(self.far_splits, triton.cdiv(data.shape[2], self.far_block))
+        self.far_splits = min(scratch.splits, triton.cdiv(data.shape[2], self.far_block))  # those that can have units
+        self.used_parts = CACHED_SPLITS + NEAR_SPLITS
+        if layer.node_values is not None:
             self.used_parts += self.far_splits + (CACHED_SPLITS if config.two_level else 0)
         halved, scaled = isinstance(held, Nibbles), scale is not None
         bits = data.view(torch.uint8) if scaled else data
