@@ -41,6 +41,12 @@ class Case:
                 self.numbers.add_(1)
         return graph
 
+    def _use_streams(self, count: int) -> None:
+        """Other streams, a kernel on each."""
+        for stream in [torch.cuda.Stream() for _ in range(count)]:
+            with torch.cuda.stream(stream):
+                self._launch(1)
+
     def first(self) -> torch.cuda.CUDAGraph:
         """Nothing before."""
         return self._capture()
@@ -56,31 +62,53 @@ class Case:
             self._launch(12_000)
         return self._capture()
 
-    def others_gone_before(self) -> torch.cuda.CUDAGraph:
-        """The fourth graph, each gone before the kernels that are launched between them."""
-        for _ in range(3):
-            graph = self._capture()
-            graph.replay()
-            torch.cuda.synchronize()
-            del graph
-            self._launch(8_000)
-        return self._capture()
-
-    def others_gone_after(self) -> torch.cuda.CUDAGraph:
-        """The fourth graph, each gone when the next one is there."""
+    def steps_after(self) -> torch.cuda.CUDAGraph:
+        """3,000 replays, five kernels behind each, as in decoding."""
         graph = self._capture()
-        for _ in range(3):
+        for _ in range(3_000):
             graph.replay()
-            self._launch(8_000)
-            graph = self._capture()
+            self._launch(5)
         return graph
 
-    def streams(self) -> torch.cuda.CUDAGraph:
-        """Twelve other streams, a kernel on each."""
-        for stream in [torch.cuda.Stream() for _ in range(12)]:
-            with torch.cuda.stream(stream):
-                self._launch(1)
+    def fifth_in_a_row(self) -> torch.cuda.CUDAGraph:
+        """Four others before, gone, and nothing launched between them."""
+        for _ in range(4):
+            self._capture().replay()
+            torch.cuda.synchronize()
         return self._capture()
+
+    def fifth_with_kernels_between(self) -> torch.cuda.CUDAGraph:
+        """The same, 1,000 kernels launched behind each."""
+        for _ in range(4):
+            self._capture().replay()
+            self._launch(1_000)
+        return self._capture()
+
+    def first_of_five(self) -> torch.cuda.CUDAGraph:
+        """The first of five that all live, kernels launched behind each."""
+        graphs = []
+        for _ in range(5):
+            graphs.append(self._capture())
+            graphs[-1].replay()
+            self._launch(1_000)
+        return graphs[0]
+
+    def eight_streams(self) -> torch.cuda.CUDAGraph:
+        """Eight other streams in use before."""
+        self._use_streams(8)
+        return self._capture()
+
+    def twelve_streams(self) -> torch.cuda.CUDAGraph:
+        """Twelve."""
+        self._use_streams(12)
+        return self._capture()
+
+    def twelve_streams_after(self) -> torch.cuda.CUDAGraph:
+        """Twelve that are used when the graph is there."""
+        graph = self._capture()
+        graph.replay()
+        self._use_streams(12)
+        return graph
 
 
 CASES = [name for name in vars(Case) if not name.startswith("_")]

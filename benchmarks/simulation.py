@@ -107,7 +107,8 @@ def _tile(
         best = _best(config, node_scores, config.candidate_nodes)
         scored = torch.cat([best.repeat_interleave(per_node, -1), scored[..., archived:]], -1)
     candidates = allowed & scored
-    opened = _best(config, group_scores.masked_fill(~candidates, _NEVER), config.routed_groups) & candidates
+    possible = group_scores.masked_fill(~candidates, _NEVER).roll(-archived, -1)  # what is in no chunk comes first
+    opened = _best(config, possible, config.routed_groups).roll(archived, -1)
 
     exact = ((token < sink) | (token >= window[:, None])) & (token <= position[:, None])
     exact = exact.expand(heads, repeats, queries, length).clone()
@@ -128,12 +129,16 @@ def _tile(
 
 
 def _best(config: HGAConfig, scores: Tensor, keep: int) -> Tensor:
-    """Mark the best `keep` of each query (of each KV head's queries together where the selection is shared)."""
+    """Mark the best `keep` of each query (of each KV head's queries together where the selection is shared).
+
+    Masses count in steps of a sixteenth of an octave; of equal ones the first are the best.
+    """
     mass = torch.softmax(scores, -1).nan_to_num(0.0)
     possible = scores > _NEVER
     if config.selection == "shared":
         mass = mass.sum(1, keepdim=True).expand_as(mass)
-    mass = mass.masked_fill(~possible, -1.0)
-    chosen = torch.zeros_like(possible)
-    chosen.scatter_(-1, mass.topk(min(keep, mass.shape[-1]), -1).indices, True)
+    mantissa, exponent = torch.frexp(mass.clamp(min=2.0**-27))
+    steps = (exponent * 16 + ((2 * mantissa - 1) * 16).floor()).masked_fill(~possible, _NEVER)
+    order = steps.sort(dim=-1, descending=True, stable=True).indices
+    chosen = torch.zeros_like(possible).scatter_(-1, order[..., :keep], True)
     return chosen & possible

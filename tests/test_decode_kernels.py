@@ -11,9 +11,10 @@ from hga import HGAConfig
 from hga.cache.routed import Scoring
 from hga.cache.row import Counters, Row
 from hga.ops.coding import Codes
-from hga.ops.decode import DecodeLayer, Scratch, SlotCache, _read_archive, attend_decode
+from hga.ops.decode import PENDING_BLOCK, DecodeLayer, Scratch, SlotCache, _read_archive, attend_decode
 from hga.ops.nibbles import Nibbles
 from hga.ops.precision import Rows
+from hga.ops.tiles import pending_capacity, pending_groups
 from hga.store import MemoryStore
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,6 +158,28 @@ def test_nan_query_stays_inside_its_buffers(name: str) -> None:
     counts[:, 2] += 1
     out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
     torch.testing.assert_close(out, attend_decode(query, keys, values, layer, counts, config, 0.3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [301, 3900])
+def test_equal_masses_choose_the_lower_columns(length: int) -> None:
+    """Of two levels, in one program's columns and over several's: pending groups first, then the oldest."""
+    pytest.importorskip("triton")
+    from hga.ops.kernels import decode as kernels
+
+    config, heads, repeats, width = CONFIGS["coded"], 2, 2, 16
+    row = filled_row(config, length, heads, width, torch.float32)
+    layer, counts = decode_layer(config, [row], repeats)
+    query, keys, values = random_step(1, heads, repeats, width, torch.float32)
+    kernels.attend_decode(0 * query, keys, values, layer, counts, config, 0.3)
+    nodes, groups = layer.scratch.nodes, layer.scratch.groups
+    assert nodes is not None
+    pending, first = pending_groups(config, row.near_length), pending_capacity(config, PENDING_BLOCK)
+    columns = [*range(pending), *range(first, groups.scores.shape[1])]
+    for selector in range(heads):
+        assert nodes.chosen[selector].tolist() == list(range(nodes.keep))
+        assert groups.chosen[selector].tolist() == columns[: groups.keep]
+        assert groups.limits[selector, 1] == columns[groups.keep - 1]
+    assert (groups.counts == groups.keep).all()
 
 
 def stored_groups(layer: DecodeLayer, counts: Tensor, config: HGAConfig) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.ordering import content_order
 from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype, row_bytes
-from hga.ops.routing import NEVER, bias, choose, score, take_rows, unite
+from hga.ops.routing import NEVER, bias, choose, count_steps, score, take_rows, unite
 from hga.ops.summaries import mean_rows, mixed_rope_means
 
 
@@ -90,6 +90,15 @@ def test_choose_shared_adds_the_masses_of_the_heads():
     scores = torch.tensor([[[[5.0, 0.0, 0.0, -1.0]], [[-5.0, 3.0, 2.5, 0.0]]]])
     assert choose(scores, 2, "shared").tolist() == [[[[True, True, False, False]]]]
     assert choose(scores, 2, "per_head")[0, 1, 0].tolist() == [False, True, True, False]
+
+
+def test_choose_compares_masses_in_steps():
+    """A sixteenth of an octave apart masses differ, within a step the lower column comes first."""
+    mass = torch.tensor([16, 17, 16.9, 32, 33, 13.1], dtype=torch.float64) / 128
+    assert count_steps(mass).tolist() == [384, 385, 384, 400, 400, 378]
+    assert count_steps(torch.tensor([0.0, 2.0**-27, 2.0**-26])).tolist() == [0, 0, 16]
+    for keep, expected in ((1, [3]), (2, [3, 4]), (3, [1, 3, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])):
+        assert choose(mass.log()[None, None, None], keep, "shared")[0, 0, 0].nonzero()[:, 0].tolist() == expected
 
 
 def test_choose_never_marks_what_is_not_allowed_and_all_that_fits():

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from hga.config import HGAConfig
 from hga.evals.nll import evaluate_nll
 from hga.evals.rule import check_rules, open_rule
+from hga.evals.rules import routed
 from hga.evals.rules.fixed import RandomGroups, SinksAndWindow
 from hga.evals.rules.infllm import InfLLMRule
 from hga.evals.rules.oracle import OracleTokens
@@ -24,6 +25,7 @@ from hga.evals.rules.retroinfer import RetroInferRule
 from hga.evals.rules.routed import RoutedRule
 from hga.evals.rules.shadowkv import ShadowKVRule
 from hga.evals.rules.tile import cut_tiles
+from hga.ops.routing import add_masses, mark_largest
 
 BUDGETED = {
     "paper": (PaperRule, {}),
@@ -313,7 +315,9 @@ def test_variants_are_strictly_causal_and_keep_the_budget(name):
         torch.testing.assert_close(full, dense(*given), rtol=0, atol=1e-10)
 
 
-def test_variants_start_from_rules_of_hga():
+def test_variants_start_from_rules_of_hga(monkeypatch):
+    """But for masses in whole steps, which variants of other choices have none of."""
+    monkeypatch.setattr(routed, "choose", lambda scores, keep, kind: mark_largest(add_masses(scores, kind), keep))
     given = sequence(700)
     plain = HGAConfig(sink_tokens=16, window_tokens=64, budget_tokens=128, coded=False)
     for base, changes in (

@@ -287,7 +287,7 @@ class _Needs:
     def strip_masses(self, context: int) -> int:
         """What a routed prefill by kernels cannot cut further: the masses of one KV head's choices for a tile."""
         most = self.choices(len(self.cache_layers) - 1)
-        return 4 * TILE_TOKENS * most * self.archived(context) // self.config.group_size
+        return 2 * TILE_TOKENS * most * self.archived(context) // self.config.group_size
 
     @property
     def activation_bytes(self) -> int:

@@ -19,15 +19,12 @@ from hga.ops.attention import FarField, Part, attend_once
 from hga.ops.coding import Codes, decode_differences
 from hga.ops.nibbles import Nibbles, decode_either
 from hga.ops.precision import Rows, compute_dtype
-from hga.ops.routing import NEVER, choose, score
+from hga.ops.routing import MASS_STEPS, NEVER, choose, score
 from hga.ops.summaries import mean_rows
 from hga.ops.tiles import pending_capacity, pending_groups
 
 NEAR_SPLITS, CACHED_SPLITS = 8, 32
 """Parts of a step's attention to `near` and to opened groups; the far field has `Scratch.splits`."""
-
-BINS = 512
-"""Bins of the histogram by which masses are chosen."""
 
 PENDING_BLOCK = 32
 """Pending groups that are scored at once."""
@@ -71,11 +68,9 @@ class Choice:
     scores: Tensor  # (B Hq, columns) float32
     peaks: Tensor  # (B Hq, parts) float32
     totals: Tensor  # (B Hq, parts) float32
-    mass: Tensor  # (S, columns) int32, float bits
-    histogram: Tensor  # (S, splits, bins) int32
-    tied: Tensor  # (S, columns) int32
-    chosen: Tensor  # (S, keep) int32
-    found: Tensor  # (S, 4) int32
+    mass: Tensor  # (S, columns) int32, in whole steps
+    histogram: Tensor  # (S, splits, steps) int32
+    chosen: Tensor  # (S, keep) int32, ascending
     limits: Tensor  # (S, 2) int32
     counts: Tensor  # (S,) int32
 
@@ -100,10 +95,8 @@ class Choice:
             peaks=floats(lines, parts),
             totals=floats(lines, parts),
             mass=ints(selectors, columns),
-            histogram=ints(selectors, _selection_splits(columns, device), BINS),
-            tied=ints(selectors, columns),
+            histogram=ints(selectors, _selection_splits(columns, device), MASS_STEPS),
             chosen=ints(selectors, max(1, keep)),
-            found=ints(selectors, 4),
             limits=ints(selectors, 2),
             counts=ints(selectors),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hga.evals.rules.simulated import SimulatedRule
 from hga.evals.rules.tile import Tile
-from hga.ops.routing import NEVER, choose
+from hga.ops.routing import NEVER, add_masses, mark_largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,12 @@ class BudgetedRule(SimulatedRule):
     def choose(self, scores: Tensor, keep: int) -> Tensor:
         """Mark the best units of scores (H, R, M, K), -inf where barred: bool (H, R', M, K)."""
         if self.selection != "in_turn":
-            return choose(scores, keep, self.selection)
+            return mark_largest(add_masses(scores, self.selection), keep)
         allowed, repeats = scores > NEVER, scores.shape[1]
         ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         head = torch.arange(repeats, device=ranks.device)[:, None, None]
         turns = (ranks * repeats + head).amin(1, keepdim=True)  # the turn in which a unit is first named
-        chosen = torch.zeros_like(allowed[:, :1])
-        chosen.scatter_(-1, turns.topk(min(keep, turns.shape[-1]), -1, largest=False).indices, True)
-        return chosen & allowed[:, :1]
+        return mark_largest(repeats * scores.shape[-1] - turns, keep) & allowed[:, :1]
 
     def expand(self, tile: Tile, chosen: Tensor, unit: int) -> Tensor:
         """Units (H, R', M, K) as tokens: bool (H, R', M, N)."""

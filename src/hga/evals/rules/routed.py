@@ -67,7 +67,9 @@ class RoutedRule(SimulatedRule):
                 node_scores = node_scores.masked_fill(best, NEVER)
             else:
                 node_scores = torch.full_like(node_scores, NEVER)
-        opened = choose(group_scores.masked_fill(~candidates, NEVER), config.routed_groups, config.selection)
+        in_archive = nodes * per_node
+        possible = group_scores.masked_fill(~candidates, NEVER).roll(-in_archive, -1)  # as in the cache
+        opened = choose(possible, config.routed_groups, config.selection).roll(in_archive, -1)
 
         token = torch.arange(length, device=rows.device)
         near = ((token < sink) | (token >= starts[:, None])) & tile.causal

@@ -12,7 +12,7 @@ from hga.ops.decode import CODED_BLOCK, SELECTION_BLOCK, Bring, Choice
 from hga.ops.kernels.code_scores import score_codes_kernel
 from hga.ops.kernels.decode_step import TYPES, Step, lacks_fp8, widened
 from hga.ops.kernels.scores import score_kernel
-from hga.ops.kernels.selection import collect_kernel, resolve_kernel, weigh_kernel
+from hga.ops.kernels.selection import collect_kernel, weigh_kernel
 from hga.ops.kernels.slots import assign_kernel, fetch_kernel
 from hga.ops.precision import Rows
 
@@ -177,8 +177,8 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         choice.keep,
         choice.chosen,
         choice.chosen.shape[1],
-        choice.tied,
-        choice.found,
+        choice.limits,
+        choice.counts,
         step.kv_heads,
         units,
         SELECTORS=step.selectors_each,
@@ -187,18 +187,6 @@ def choose_columns(step: Step, choice: Choice, units: int, first: int, listed: C
         PER_NODE=per_node,
         FIRST=first,
         num_warps=4 if splits <= 32 else 8,  # histograms of more take all registers of four
-    )
-    resolve_kernel[(step.selectors,)](
-        choice.mass,
-        columns,
-        choice.found,
-        choice.keep,
-        choice.chosen,
-        choice.chosen.shape[1],
-        choice.tied,
-        choice.limits,
-        choice.counts,
-        BLOCK=512,
     )
 
 

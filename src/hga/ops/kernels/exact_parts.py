@@ -87,8 +87,8 @@ def attend_near(
         s = cap_scores(tl.dot(q, tl.trans(key), input_precision="ieee") * scale, softcap)
         group = (k - sink) // GROUP
         is_pending = inside & (k >= sink) & (group < pending)
-        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + group, mask=is_pending, other=0)
-        unopened = is_pending & (is_chosen(bits, group, limit, last) == 0)
+        steps = tl.load(mass + selector.to(tl.int64) * scores_stride + group, mask=is_pending, other=0)
+        unopened = is_pending & (is_chosen(steps, group, limit, last) == 0)
         if FAR:
             s_mask = (r < ROWS)[:, None] & unopened[None, :]
             of_group = tl.load(scores + lines[:, None] * scores_stride + group[None, :], mask=s_mask, other=_NEVER)

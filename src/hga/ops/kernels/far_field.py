@@ -139,8 +139,8 @@ def attend_far(
     for first in tl.range(start, stop, BLOCK, num_stages=3):
         k = first + tl.arange(0, BLOCK)
         inside = k < stop
-        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + FIRST + k, mask=inside, other=0)
-        far = inside & (is_chosen(bits, FIRST + k, limit, last) == 0)
+        steps = tl.load(mass + selector.to(tl.int64) * scores_stride + FIRST + k, mask=inside, other=0)
+        far = inside & (is_chosen(steps, FIRST + k, limit, last) == 0)
         s_mask = (r < ROWS)[:, None] & far[None, :]
         s = tl.load(scores + lines[:, None] * scores_stride + FIRST + k[None, :], mask=s_mask, other=_NEVER)
         rows = problem.to(tl.int64) * capacity + k
@@ -208,8 +208,8 @@ def attend_listed_far(
         rows = problem.to(tl.int64) * capacity + node
         column = FIRST + k[:, None] * PER_NODE + g[None, :]  # (BLOCK, PER_NODE_B)
         scored = inside[:, None] & (g < PER_NODE)[None, :]
-        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=scored, other=0)
-        far = scored & (is_chosen(bits, column, limit, last) == 0)
+        steps = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=scored, other=0)
+        far = scored & (is_chosen(steps, column, limit, last) == 0)
         s_mask = (r < ROWS)[:, None, None] & far[None, :, :]
         at = lines[:, None, None] * scores_stride + column[None, :, :]
         s = tl.load(scores + at, mask=s_mask, other=_NEVER)  # (RB, BLOCK, PER_NODE_B)

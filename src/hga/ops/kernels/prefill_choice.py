@@ -25,9 +25,13 @@ from hga.ops.kernels.candidates import (
     unit_logits,
 )
 from hga.ops.kernels.prefill_marks import mark_largest
+from hga.ops.kernels.selection import count_steps
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, load_query, place_rows
 
 _BLOCKS_AT_ONCE = 16
+
+MASS_BYTES = 2
+"""Of a mass in whole steps (`hga.ops.routing.count_steps`), all that a choice looks at."""
 
 
 def choose_units(
@@ -85,9 +89,9 @@ def choose_units(
         *strips.geometry,
         **flags,
     )
-    strip_bytes = 4 * heads * queries * width
+    strip_bytes = MASS_BYTES * heads * queries * width
     step = max(1, scratch_bytes // strip_bytes)
-    mass = torch.empty((min(step, stop - start), heads, queries, width), dtype=torch.float32, device=device)
+    mass = torch.empty((min(step, stop - start), heads, queries, width), dtype=torch.int16, device=device)
     for a in range(0, stop - start, step):
         b = min(stop - start, a + step)
         for pending, columns in ((True, pending_width), (False, width - pending_width)):
@@ -256,7 +260,7 @@ def _mass_kernel(
     BLOCK_WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Attention mass of some blocks of candidates, summed over a strip's heads; -1 where a query may not choose."""
+    """Masses of some blocks of candidates in steps, summed over a strip's heads; -1 where a query may not choose."""
     strip = tl.program_id(0)
     head = tl.program_id(2)
     line = strip.to(tl.int64) * tl.num_programs(2) + head
@@ -319,4 +323,4 @@ def _mass_kernel(
             share = tl.where(real[:, None], share, 0.0)
         if PADDED > 1:
             share = tl.sum(tl.reshape(share, (QUERIES, PADDED, KEYS)), 1)
-        tl.store(mass_rows + index[None, :], tl.where(may, share, -1.0))
+        tl.store(mass_rows + index[None, :], tl.where(may, count_steps(share), -1).to(tl.int16))

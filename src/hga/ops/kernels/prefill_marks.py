@@ -17,10 +17,10 @@ _MARKED_AT_ONCE = 8192
 
 
 def mark_largest(mass: Tensor, counts: Tensor, keep: int, pending_width: int, chosen: Chosen) -> None:
-    """Mark the `keep` largest masses of each query, the lower column first where masses tie; write them to `chosen`.
+    """Mark the `keep` largest masses of each query, of equal ones the lower columns: to `chosen`.
 
-    mass, float32 (S, H, queries, W): of `pending_width` pending groups, then of archive columns, of which there are
-    counts, int32 (S, H); below 0 where a query may not choose.
+    mass, int16 (S, H, queries, W), in whole steps: of `pending_width` pending groups, then of archive columns, of
+    which there are counts, int32 (S, H); below 0 where a query may not choose.
     """
     strips, heads, queries, width = mass.shape
     limits = torch.empty((2, strips, heads, queries), dtype=torch.int32, device=mass.device)
@@ -107,24 +107,21 @@ def _limit_kernel(
     PENDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mass, as an integer, from which a query chooses; and the column before which it takes masses just below.
-
-    Floats of one sign order as their bits do, so the limit is found by halving an interval of integers.
-    """
+    """The mass, in steps, from which a query chooses; and the column before which it takes masses of a step less."""
     strip = tl.program_id(1).to(tl.int64)
     place = strip * QUERIES + tl.program_id(0) * LINES + tl.arange(0, LINES)
     width = pending_width + tl.load(counts + strip)
     column = pending_width + tl.arange(0, BLOCK)
     rows = mass + place[:, None] * mass_width
     # What is loaded here stays in registers: of most rows it is all.
-    pending = _load_bits(rows, tl.arange(0, PENDING), pending_width)
-    archived = _load_bits(rows, column, width)
+    pending = _load(rows, tl.arange(0, PENDING), pending_width)
+    archived = _load(rows, column, width)
     allowed = _count(pending, archived, tl.zeros([LINES], tl.int32))
     highest = tl.maximum(tl.max(pending, 1), tl.max(archived, 1))
     for start in range(BLOCK, width - pending_width, BLOCK):
-        bits = _load_bits(rows, start + column, width)
-        allowed += tl.sum((bits >= 0).to(tl.int32), 1)
-        highest = tl.maximum(highest, tl.max(bits, 1))
+        steps = _load(rows, start + column, width)
+        allowed += tl.sum((steps >= 0).to(tl.int32), 1)
+        highest = tl.maximum(highest, tl.max(steps, 1))
     # More than `keep` masses are at least `low`; `above`, at most `keep`, are at least `high`.
     few = allowed <= keep
     low = tl.zeros([LINES], tl.int32)
@@ -135,21 +132,19 @@ def _limit_kernel(
         middle = low + (high - low) // 2
         found = _count(pending, archived, middle)
         for start in range(BLOCK, width - pending_width, BLOCK):
-            found += tl.sum((_load_bits(rows, start + column, width) >= middle[:, None]).to(tl.int32), 1)
+            found += tl.sum((_load(rows, start + column, width) >= middle[:, None]).to(tl.int32), 1)
         many = found > keep
         low = tl.where(searching & many, middle, low)
         high = tl.where(searching & ~many, middle, high)
         above = tl.where(searching & ~many, found, above)
         searching = (high - low > 1) & (above < keep)
     cut = tl.zeros([LINES], tl.int32)
-    if tl.max(keep - above, 0) > 0:  # equal masses at the limit: the lower columns first
-        seen = tl.zeros([LINES], tl.int32)
-        for start in range(-pending_width, width - pending_width, BLOCK):
-            equal = (_load_bits(rows, start + column, width) == low[:, None]).to(tl.int32)
-            rank = seen[:, None] + tl.cumsum(equal, 1)
-            last = (equal == 1) & (rank == (keep - above)[:, None])
-            cut = tl.maximum(cut, tl.max(tl.where(last, start + 1 + column[None, :], 0), 1))
-            seen += tl.sum(equal, 1)
+    missing = keep - above
+    if tl.max(missing, 0) > 0:  # equal masses at the limit: the lower columns first
+        missing, cut = _find_cut(pending, tl.arange(0, PENDING), low, missing, cut)
+        missing, cut = _find_cut(archived, column, low, missing, cut)
+        for start in range(BLOCK, width - pending_width, BLOCK):
+            missing, cut = _find_cut(_load(rows, start + column, width), start + column, low, missing, cut)
     tl.store(limits + place, high)
     tl.store(ties + place, cut)
 
@@ -161,10 +156,18 @@ def _count(pending, archived, least):
 
 
 @triton.jit
-def _load_bits(rows, column, width):
-    """Masses (LINES, N) of some columns as integers, negative where there is none; a NaN is infinite."""
-    bits = tl.load(rows + column[None, :], mask=(column < width)[None, :], other=-1.0).to(tl.int32, bitcast=True)
-    return tl.minimum(bits, 0x7F800000)
+def _find_cut(steps, column, low, missing, cut):
+    """Where among some columns the last missing one of those at `low` is: what is missing behind them, and `cut`."""
+    equal = (steps == low[:, None]).to(tl.int32)
+    rank = tl.cumsum(equal, 1)
+    last = (equal == 1) & (rank == missing[:, None])
+    return missing - tl.max(rank, 1), tl.maximum(cut, tl.max(tl.where(last, column[None, :] + 1, 0), 1))
+
+
+@triton.jit
+def _load(rows, column, width):
+    """Masses (LINES, N) of some columns, negative where there is none."""
+    return tl.load(rows + column[None, :], mask=(column < width)[None, :], other=-1).to(tl.int32)
 
 
 @triton.jit
@@ -192,8 +195,8 @@ def _mark_kernel(
     for start in range(0, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < end
-        bits = _load_bits(rows, column, end)
-        chosen = (bits >= 0) & ((bits >= limit) | ((bits == limit - 1) & (column[None, :] < cut)))
+        steps = _load(rows, column, end)
+        chosen = (steps >= 0) & ((steps >= limit) | ((steps == limit - 1) & (column[None, :] < cut)))
         word = tl.sum(chosen.to(tl.int64) << lane[:, None].to(tl.int64), 0)
         tl.store(words + line * width + column, word, mask=inside)
         some = inside & (word != 0) & (column >= pending_width)

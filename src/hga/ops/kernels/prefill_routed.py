@@ -18,7 +18,7 @@ from hga.config import HGAConfig
 from hga.ops.attention import Output
 from hga.ops.coding import NUMBERS_PER_BYTE, Codes
 from hga.ops.kernels.candidates import Archived, Chosen, Means, decode_summaries, mean_groups
-from hga.ops.kernels.prefill_choice import choose_units
+from hga.ops.kernels.prefill_choice import MASS_BYTES, choose_units
 from hga.ops.kernels.prefill_marks import count_unions
 from hga.ops.kernels.strip_attention import attend_strip_kernel
 from hga.ops.kernels.strips import Strips, cut_strips, fit_strip
@@ -55,7 +55,7 @@ def attend_prefill_routed(
     if closed is not None:
         queries, _ = fit_strip(config, query)
         groups = closed.records.shape[0] * config.chunk_size // config.group_size
-        mass_bytes = 4 * config.selectors(query.shape[1]) * queries * groups  # of one strip and KV head
+        mass_bytes = MASS_BYTES * config.selectors(query.shape[1]) * queries * groups  # of one strip and KV head
         step = max(1, SCRATCH_BYTES // max(1, mass_bytes, _decoded_bytes(closed, query.dtype) // heads))
     for start in range(0, heads, step):
         here = slice(start, start + step)

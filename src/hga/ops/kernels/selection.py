@@ -1,7 +1,7 @@
-"""The units with the largest attention mass, chosen on the device: a histogram of float bits, then a radix search.
+"""The units with the largest attention mass, chosen on the device by a histogram of masses in whole steps.
 
 A selector is one choice: the R query heads of a KV head together ("shared"), or one query head ("per_head").
-Non-negative floats order like their bits, so masses are compared as int32; -1 marks what may not be chosen.
+-1 in place of a mass marks what may not be chosen.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hga.ops import decode
+from hga.ops import routing
 from hga.ops.kernels.scores import COUNTS, count_pending, split_range
 
-BINS = tl.constexpr(decode.BINS)
-_LOWEST = tl.constexpr((127 - 27) << 4)  # bits >> 19 of 2 ** -27: sixteen bins an octave from there to 2 ** 5
+STEPS = tl.constexpr(routing.MASS_STEPS)
+_SHIFT, _LOWEST = tl.constexpr(routing.STEP_SHIFT), tl.constexpr(routing.LOWEST_STEP)
 
 
 @triton.jit
-def find_bin(bits):
-    """Histogram bin of masses given by their bits: sixteen an octave, everything up to 2 ** -27 in bin 0."""
-    return tl.minimum(tl.maximum((bits >> 19) - _LOWEST, 0), BINS - 1)
+def count_steps(mass):
+    """See `hga.ops.routing.count_steps`; int32, STEPS - 1 at most. A NaN may count as anything in that range."""
+    bits = mass.to(tl.float32).to(tl.int32, bitcast=True) >> _SHIFT
+    return tl.minimum(tl.maximum(bits - _LOWEST, 0), STEPS - 1)
 
 
 @triton.jit
@@ -55,13 +56,13 @@ def weigh_kernel(
     PER_NODE: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Attention mass of each column, summed over the selector's heads, as bits, and a histogram a split."""
+    """Attention mass of each column, summed over the selector's heads, in steps, and a histogram a split."""
     selector, split = tl.program_id(0), tl.program_id(1)
     row = selector // SELECTORS // kv_heads
     pending = count_pending(tl.load(counts + row * COUNTS), sink, window, GROUP)
     columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
     start, stop = split_range(columns, split, SPLITS, BLOCK)
-    seen = tl.zeros((BINS,), tl.int32)
+    seen = tl.zeros((STEPS,), tl.int32)
     p, r = tl.arange(0, PARTS_B), tl.arange(0, RP)
     lines = selector.to(tl.int64) * ROWS + r
     column = start + tl.arange(0, BLOCK)
@@ -80,29 +81,30 @@ def weigh_kernel(
         shares = tl.sum(tl.where(mask, tl.exp(s - logsumexp[:, None]), 0.0), 0)
         # NaN, which a query with NaN gives, would order above everything and overrun what has room for `keep`.
         shares = tl.where(shares < 31.9, shares, 31.9)
-        bits = tl.where(allowed, shares.to(tl.int32, bitcast=True), -1)
-        tl.store(mass + selector.to(tl.int64) * scores_stride + column, bits, mask=column < stop)
-        seen += tl.histogram(find_bin(bits), BINS, mask=column < stop)
+        steps = count_steps(shares)
+        here = mass + selector.to(tl.int64) * scores_stride + column
+        tl.store(here, tl.where(allowed, steps, -1), mask=column < stop)
+        seen += tl.histogram(steps, STEPS, mask=allowed)
         column += BLOCK
         allowed = ((column < pending) | (column >= FIRST)) & (column < stop)
         mask = (r < ROWS)[:, None] & allowed[None, :]
         s = tl.load(at + column[None, :], mask=mask, other=float("-inf"))
-    here = (selector.to(tl.int64) * SPLITS + split) * BINS + tl.arange(0, BINS)
-    tl.store(histogram + here, seen)
+    part = (selector.to(tl.int64) * SPLITS + split) * STEPS + tl.arange(0, STEPS)
+    tl.store(histogram + part, seen)
 
 
 @triton.jit
 def collect_kernel(
     mass,
-    scores_stride,
+    mass_stride,
     histogram,
     counts,
     listed_counts,
     keep,
     chosen,
     chosen_stride,
-    tied,
-    found,
+    limits,
+    chosen_counts,
     kv_heads,
     units_per_chunk,
     SELECTORS: tl.constexpr,
@@ -111,100 +113,49 @@ def collect_kernel(
     PER_NODE: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Columns above the threshold's bin -> chosen; those in it -> tied, both in column order.
+    """The `keep` columns with the largest masses -> chosen, ascending: of equal masses the lower columns.
 
-    found, int32 (selectors, 4): the bin, columns chosen, columns tied (-1 in place of what may not be chosen).
+    limits, int32 (selectors, 2): a column is chosen if its mass exceeds the first number, or equals it and the column
+    is at most the second.
     """
     selector, split = tl.program_id(0), tl.program_id(1)
     row = selector // SELECTORS // kv_heads
     columns = count_columns(counts, row, listed_counts, selector, units_per_chunk, PER_NODE, FIRST)
     start, stop = split_range(columns, split, SPLITS, BLOCK)
-    b, q = tl.arange(0, BINS), tl.arange(0, SPLITS)
-    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * BINS + b[None, :])  # (SPLITS, BINS)
+    mass += selector.to(tl.int64) * mass_stride
+    column = start + tl.arange(0, BLOCK)
+    here = tl.load(mass + column, mask=column < stop, other=-1)  # asked for before histograms are waited for
+    b, q = tl.arange(0, STEPS), tl.arange(0, SPLITS)
+    parts = tl.load(histogram + (selector.to(tl.int64) * SPLITS + q)[:, None] * STEPS + b[None, :])  # (SPLITS, STEPS)
     seen = tl.sum(parts, 0)
     before = tl.sum(tl.where((q < split)[:, None], parts, 0), 0)
     from_top = tl.cumsum(seen, 0, reverse=True)
-    threshold = tl.max(tl.where(from_top >= keep, b, 0), 0)
-    above = tl.sum(tl.where(b > threshold, seen, 0), 0)
-    place = tl.sum(tl.where(b > threshold, before, 0), 0)
-    tied_place = tl.sum(tl.where(b == threshold, before, 0), 0)
+    limit = tl.max(tl.where(from_top >= keep, b, 0), 0)
+    above = tl.sum(tl.where(b > limit, seen, 0), 0)
+    wanted = tl.minimum(keep - above, tl.sum(tl.where(b == limit, seen, 0), 0))  # of those at the limit
+    above_before = tl.sum(tl.where(b > limit, before, 0), 0)
+    equal_before = tl.sum(tl.where(b == limit, before, 0), 0)
     if split == 0:
-        tl.store(found + selector * 4, threshold)
-        tl.store(found + selector * 4 + 1, above)
-        tl.store(found + selector * 4 + 2, tl.sum(tl.where(b == threshold, seen, 0), 0))
-    for first in range(start, stop, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        inside = column < stop
-        bits = tl.load(mass + selector.to(tl.int64) * scores_stride + column, mask=inside, other=-1)
-        bin_ = find_bin(bits)
-        is_above = inside & (bin_ > threshold)
-        at = place + tl.cumsum(is_above.to(tl.int32), 0) - 1
-        tl.store(chosen + selector.to(tl.int64) * chosen_stride + at, column, mask=is_above)
-        is_tied = inside & (bin_ == threshold)
-        at = tied_place + tl.cumsum(is_tied.to(tl.int32), 0) - 1
-        tl.store(tied + selector.to(tl.int64) * scores_stride + at, tl.where(bits >= 0, column, -1), mask=is_tied)
-        place += tl.sum(is_above.to(tl.int32), 0)
-        tied_place += tl.sum(is_tied.to(tl.int32), 0)
+        tl.store(limits + selector * 2, limit)
+        tl.store(chosen_counts + selector, above + wanted)
+        tl.store(limits + selector * 2 + 1, -1, mask=wanted == 0)
+    for _ in range(start, stop, BLOCK):
+        is_equal = here == limit
+        is_above = here > limit
+        ranks = tl.cumsum(is_equal.to(tl.int32) + (is_above.to(tl.int32) << 16), 0)  # two sums at once
+        equal = equal_before + (ranks & 0xFFFF)
+        at = above_before + (ranks >> 16) + tl.minimum(equal, wanted) - 1
+        taken = is_above | (is_equal & (equal <= wanted))
+        tl.store(chosen + selector.to(tl.int64) * chosen_stride + at, column, mask=taken)
+        tl.store(limits + selector * 2 + 1 + column * 0, column, mask=is_equal & (equal == wanted))  # one column's
+        total = tl.max(ranks, 0)
+        equal_before += total & 0xFFFF
+        above_before += total >> 16
+        column += BLOCK
+        here = tl.load(mass + column, mask=column < stop, other=-1)
 
 
 @triton.jit
-def resolve_kernel(
-    mass, scores_stride, found, keep, chosen, chosen_stride, tied, limits, chosen_counts, BLOCK: tl.constexpr
-):
-    """Take the missing ones of the tied columns, exactly: a radix search for the smallest mass that is chosen.
-
-    limits, int32 (selectors, 2): a column is chosen if its bits exceed the first number, or equal it and the column
-    is at most the second. Ties go to lower columns.
-    """
-    selector = tl.program_id(0).to(tl.int64)
-    threshold = tl.load(found + selector * 4)
-    above = tl.load(found + selector * 4 + 1)
-    count = tl.load(found + selector * 4 + 2)
-    mass += selector * scores_stride
-    tied += selector * scores_stride
-    chosen += selector * chosen_stride
-    digits = tl.arange(0, 32)
-    missing = keep - above
-    prefix = tl.where(threshold > 0, (threshold + _LOWEST) << 19, 0)
-    rounds = tl.where(threshold > 0, 4, 6)  # bin 0 holds many octaves
-    at = tl.arange(0, BLOCK)
-    first_column = tl.load(tied + at, mask=at < count, other=-1)  # mostly there are no others
-    first_bits = tl.load(mass + first_column, mask=first_column >= 0, other=-1)
-    for step in range(rounds):
-        shift = (rounds - 1 - step) * 5
-        alike = (first_column >= 0) & ((first_bits >> (shift + 5)) == (prefix >> (shift + 5)))
-        seen = tl.histogram((first_bits >> shift) & 31, 32, mask=alike)
-        for first in range(BLOCK, count, BLOCK):
-            column = tl.load(tied + first + at, mask=first + at < count, other=-1)
-            bits = tl.load(mass + column, mask=column >= 0, other=-1)
-            alike = (column >= 0) & ((bits >> (shift + 5)) == (prefix >> (shift + 5)))
-            seen += tl.histogram((bits >> shift) & 31, 32, mask=alike)
-        from_top = tl.cumsum(seen, 0, reverse=True)
-        digit = tl.max(tl.where(from_top >= missing, digits, 0), 0)
-        missing -= tl.sum(tl.where(digits > digit, seen, 0), 0)
-        prefix = prefix | (digit << shift)
-    prefix = tl.where(keep > 0, prefix, 0x7FFFFFFF)
-    place = above
-    equal_before = 0
-    last = -1
-    for first in range(0, count, BLOCK):
-        column = tl.load(tied + first + at, mask=first + at < count, other=-1)
-        bits = tl.load(mass + column, mask=column >= 0, other=-1)
-        equal = (column >= 0) & (bits == prefix)
-        rank = equal_before + tl.cumsum(equal.to(tl.int32), 0) - 1
-        taken_equal = equal & (rank < missing)
-        taken = taken_equal | ((column >= 0) & (bits > prefix))
-        at_place = place + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(chosen + at_place, column, mask=taken & (at_place < keep))
-        last = tl.maximum(last, tl.max(tl.where(taken_equal, column, -1), 0))
-        equal_before += tl.sum(equal.to(tl.int32), 0)
-        place += tl.sum(taken.to(tl.int32), 0)
-    tl.store(limits + selector * 2, prefix)
-    tl.store(limits + selector * 2 + 1, last)
-    tl.store(chosen_counts + selector, tl.minimum(place, keep))
-
-
-@triton.jit
-def is_chosen(bits, column, limit, last):
-    """Whether columns with these bits are chosen (see `resolve_kernel`)."""
-    return (bits > limit) | ((bits == limit) & (column <= last))
+def is_chosen(mass, column, limit, last):
+    """Whether columns with these masses are chosen (see `collect_kernel`)."""
+    return (mass > limit) | ((mass == limit) & (column <= last))
