@@ -219,7 +219,7 @@ def test_a_context_that_becomes_whole_within_a_step_is_captured_after_it(
         first._handshake.awaiting = first  # as a capture that fails inside a layer leaves it
         raise RuntimeError("no graphs here")
 
-    config = CONFIG.replace(prefill="routed")
+    config = CONFIG.replace(prefill="routed", budget_tokens=256)  # the first step asks for all there is
     with hga.enabled(model, config):
         read = hga.HGACache(model.config, config)
         model(ids[:, :206], past_key_values=read)
@@ -227,6 +227,7 @@ def test_a_context_that_becomes_whole_within_a_step_is_captured_after_it(
         tokens = [ids[:, at : at + 1] for at in range(206, 214)]
         expected = [model(token, past_key_values=read).logits for token in tokens]
         cache = hga.HGACache.load(saved.path, model)
+        assert not cache.can_capture_token()
         monkeypatch.setattr(step, "_can_capture", lambda model: True)
         monkeypatch.setattr(step, "StepGraph", cannot_capture)
         for token, logits in zip(tokens, expected, strict=True):
