@@ -140,6 +140,26 @@ def test_kernels_equal_reference(name: str) -> None:
         counts[:, 2] += 1
 
 
+@pytest.mark.parametrize("name", ["coded", "two levels per head", "long"])
+def test_blocks_do_not_change_the_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that looks at several blocks of columns, as in long contexts, numbers what it chooses across them."""
+    pytest.importorskip("triton")
+    from hga.ops.kernels import decode as kernels
+    from hga.ops.kernels import decode_choice
+
+    monkeypatch.setattr(decode_choice, "SELECTION_BLOCK", 16)
+    config, heads, repeats, width = CONFIGS[name], 2, 3, 24
+    rows = [filled_row(config, length, heads, width, torch.float32) for length in (1203, 157)]
+    layer, counts = decode_layer(config, rows, repeats)
+    query, keys, values = random_step(2, heads, repeats, width, torch.float32)
+    out = kernels.attend_decode(query, keys, values, layer, counts, config, 0.3)
+    expected = attend_decode(query, keys, values, layer, counts, config, 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    for choice in filter(None, (layer.scratch.nodes, layer.scratch.groups)):
+        for chosen, count in zip(choice.chosen.tolist(), choice.counts.tolist(), strict=True):
+            assert sorted(set(chosen[:count])) == chosen[:count], "ascending"
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about NaN
 @pytest.mark.parametrize("name", ["balanced", "two levels"])
 def test_nan_query_stays_inside_its_buffers(name: str) -> None:
@@ -160,12 +180,15 @@ def test_nan_query_stays_inside_its_buffers(name: str) -> None:
     torch.testing.assert_close(out, attend_decode(query, keys, values, layer, counts, config, 0.3), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [16, 512])
 @pytest.mark.parametrize("length", [301, 3900])
-def test_equal_masses_choose_the_lower_columns(length: int) -> None:
-    """Of two levels, in one program's columns and over several's: pending groups first, then the oldest."""
+def test_equal_masses_choose_the_lower_columns(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one block of columns, several of one program, and several programs: pending groups, then the oldest."""
     pytest.importorskip("triton")
     from hga.ops.kernels import decode as kernels
+    from hga.ops.kernels import decode_choice
 
+    monkeypatch.setattr(decode_choice, "SELECTION_BLOCK", block)
     config, heads, repeats, width = CONFIGS["coded"], 2, 2, 16
     row = filled_row(config, length, heads, width, torch.float32)
     layer, counts = decode_layer(config, [row], repeats)

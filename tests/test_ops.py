@@ -97,6 +97,7 @@ def test_choose_compares_masses_in_steps():
     mass = torch.tensor([16, 17, 16.9, 32, 33, 13.1], dtype=torch.float64) / 128
     assert count_steps(mass).tolist() == [384, 385, 384, 400, 400, 378]
     assert count_steps(torch.tensor([0.0, 2.0**-27, 2.0**-26])).tolist() == [0, 0, 16]
+    assert count_steps(torch.tensor([31.9, 32.0, 1e9, torch.inf])).tolist() == [511] * 4
     for keep, expected in ((1, [3]), (2, [3, 4]), (3, [1, 3, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])):
         assert choose(mass.log()[None, None, None], keep, "shared")[0, 0, 0].nonzero()[:, 0].tolist() == expected
 
@@ -106,6 +107,16 @@ def test_choose_never_marks_what_is_not_allowed_and_all_that_fits():
     assert choose(scores, 4, "shared")[0, 0].tolist() == [[True, False, True, True], [False] * 4]
     assert choose(scores, 3, "shared")[0, 0].tolist() == [[True, False, True, True], [False] * 4]
     assert not choose(scores, 0, "shared").any()
+
+
+@pytest.mark.parametrize("selection", ["shared", "per_head"])
+def test_choose_for_heads_beside_one_that_is_nan(selection):
+    scores = torch.randn(1, 3, 2, 40, generator=torch.Generator().manual_seed(0))
+    scores[0, 1, 0] = torch.nan
+    chosen = choose(scores, 7, selection)
+    healthy = chosen if selection == "shared" else chosen[:, ::2]
+    assert (healthy.sum(-1) == 7).all()
+    assert (chosen.sum(-1) <= 7).all()
 
 
 def test_unite_reads_each_unit_once():

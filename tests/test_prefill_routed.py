@@ -235,6 +235,23 @@ def test_masses_of_a_strip_fit_the_scratch(name, monkeypatch):
         assert attended == heads
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about NaN
+@pytest.mark.parametrize("name", ["two levels", "coded"])
+def test_a_nan_query_opens_no_more_than_others(name):
+    config = CONFIGS[name].replace(summary_dtype="fp8")
+    block = cast(take_block(config, 180, 230, None), torch.float32)
+    counts = torch.zeros(2, 2, 50, dtype=torch.int32, device=DEVICE)
+    clean = route(kernels.attend_prefill_routed, config, block, None, counts[0])
+    block.query[:, 1, 7] = torch.nan
+    output = route(kernels.attend_prefill_routed, config, block, None, counts[1])
+    assert (counts[1] <= config.routed_groups).all()
+    assert output.value[:, 1, 7].isnan().all(), "garbage in, NaN out"
+    assert output.value[:, 0, 7].isfinite().all(), "a head that shares the choice attends to what it may"
+    others = torch.arange(50, device=DEVICE) != 7
+    torch.testing.assert_close(output.value[:, :, others], clean.value[:, :, others], rtol=0, atol=1e-5)  # other unions
+    torch.testing.assert_close(counts[1][:, others], counts[0][:, others])
+
+
 @pytest.mark.parametrize("held", [512, 16384], ids=["held in part", "held whole"])
 def test_choices_are_the_best_and_the_lowest(held, monkeypatch):
     """The kernels' own selection, with masses that tie, queries that may choose little and queries that may nothing."""

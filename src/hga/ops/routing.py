@@ -10,7 +10,10 @@ from torch import Tensor
 NEVER = float("-inf")
 
 MASS_STEPS, STEP_SHIFT, LOWEST_STEP = 512, 19, (127 - 27) << 4
-"""A float32's bits >> STEP_SHIFT: sixteen steps an octave. Counted from 2 ** -27 they are fewer than MASS_STEPS."""
+"""A float32's bits >> STEP_SHIFT: sixteen steps an octave, MASS_STEPS of them from 2 ** -27 on."""
+
+MASS_BYTES = 2
+"""Of a mass in whole steps."""
 
 
 def score(query: Tensor, keys: Tensor, softcap: float | None = None) -> Tensor:
@@ -35,8 +38,12 @@ def bias(barred: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
 
 
 def count_steps(mass: Tensor) -> Tensor:
-    """Masses (...) in whole steps of a sixteenth of an octave, int32: all up to 2 ** -27 count as 0."""
-    return (mass.float().view(torch.int32) >> STEP_SHIFT).clamp_(min=LOWEST_STEP).sub_(LOWEST_STEP)
+    """Masses (...) in whole steps of a sixteenth of an octave, int32: 0 below some 2 ** -27, the last from 32 on.
+
+    NaN, as arithmetic gives it on any device, counts as the last, too, or as 0 where its sign bit is set.
+    """
+    bits = mass.float().view(torch.int32) >> STEP_SHIFT
+    return bits.clamp_(LOWEST_STEP, LOWEST_STEP + MASS_STEPS - 1).sub_(LOWEST_STEP)
 
 
 def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
@@ -45,7 +52,7 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     scores: (H, R, M, K), -inf where a query may not choose. With selection "shared" the R query heads of a KV
     head add their masses and make one choice; with "per_head" each makes its own. Masses are compared in whole steps
     (`count_steps`), and of equal ones the lower columns come first: a device finds that choice without sorting, and
-    what is left out holds at most 17/16 of the least that is chosen.
+    what is left out holds at most 17/16 of the least that is chosen, or less than 2 ** -26 of all.
     Returns bool (H, R', M, K), R' = 1 or R. Never marks a candidate that is -inf; marks all that are
     finite when there are at most `keep`, which is what makes a full budget dense. ValueError for another selection.
     """
@@ -57,7 +64,8 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     if count * MASS_STEPS >= 1 << 31:
         steps = steps.long()
     order = steps.mul_(count).add_(torch.arange(count - 1, -1, -1, dtype=steps.dtype, device=steps.device))
-    return mark_largest(order.where(mass >= 0, -1), keep)
+    # A mass that is NaN stays: it chooses something, as in a kernel, or the other heads that share would open nothing.
+    return mark_largest(order.where(mass != -1, -1), keep)
 
 
 def add_masses(scores: Tensor, selection: str) -> Tensor:

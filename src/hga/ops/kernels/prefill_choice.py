@@ -27,11 +27,9 @@ from hga.ops.kernels.candidates import (
 from hga.ops.kernels.prefill_marks import mark_largest
 from hga.ops.kernels.selection import count_steps
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, load_query, place_rows
+from hga.ops.routing import MASS_BYTES
 
 _BLOCKS_AT_ONCE = 16
-
-MASS_BYTES = 2
-"""Of a mass in whole steps (`hga.ops.routing.count_steps`), all that a choice looks at."""
 
 
 def choose_units(

@@ -18,13 +18,14 @@ from hga.config import HGAConfig
 from hga.ops.attention import Output
 from hga.ops.coding import NUMBERS_PER_BYTE, Codes
 from hga.ops.kernels.candidates import Archived, Chosen, Means, decode_summaries, mean_groups
-from hga.ops.kernels.prefill_choice import MASS_BYTES, choose_units
+from hga.ops.kernels.prefill_choice import choose_units
 from hga.ops.kernels.prefill_marks import count_unions
 from hga.ops.kernels.strip_attention import attend_strip_kernel
 from hga.ops.kernels.strips import Strips, cut_strips, fit_strip
 from hga.ops.nibbles import Nibbles
 from hga.ops.prefill import nothing_attended
 from hga.ops.prefill_routed import ClosedChunks, check_block
+from hga.ops.routing import MASS_BYTES
 from hga.ops.tiles import closed_chunks
 
 SCRATCH_BYTES = 256 << 20
