@@ -131,14 +131,14 @@ def _tile(
 def _best(config: HGAConfig, scores: Tensor, keep: int) -> Tensor:
     """Mark the best `keep` of each query (of each KV head's queries together where the selection is shared).
 
-    Masses count in steps of a sixteenth of an octave; of equal ones the first are the best.
+    Masses count in steps of an eighth of an octave; of equal ones the first are the best.
     """
     mass = torch.softmax(scores, -1).nan_to_num(0.0)
     possible = scores > _NEVER
     if config.selection == "shared":
         mass = mass.sum(1, keepdim=True).expand_as(mass)
-    mantissa, exponent = torch.frexp(mass.clamp(min=2.0**-27))
-    steps = (exponent * 16 + ((2 * mantissa - 1) * 16).floor()).masked_fill(~possible, _NEVER)
+    mantissa, exponent = torch.frexp(mass.clamp(min=2.0**-59))
+    steps = (exponent * 8 + ((2 * mantissa - 1) * 8).floor()).masked_fill(~possible, _NEVER)
     order = steps.sort(dim=-1, descending=True, stable=True).indices
     chosen = torch.zeros_like(possible).scatter_(-1, order[..., :keep], True)
     return chosen & possible

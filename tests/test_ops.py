@@ -8,7 +8,7 @@ import torch
 from hga.ops.attention import FarField, Part, add_sinks, attend, attend_once, merge
 from hga.ops.ordering import content_order
 from hga.ops.precision import decode_rows, encode_rows, resolve_summary_dtype, row_bytes
-from hga.ops.routing import NEVER, bias, choose, count_steps, score, take_rows, unite
+from hga.ops.routing import NEVER, add_masses, bias, choose, count_steps, mark_largest, score, take_rows, unite
 from hga.ops.summaries import mean_rows, mixed_rope_means
 
 
@@ -93,13 +93,21 @@ def test_choose_shared_adds_the_masses_of_the_heads():
 
 
 def test_choose_compares_masses_in_steps():
-    """A sixteenth of an octave apart masses differ, within a step the lower column comes first."""
-    mass = torch.tensor([16, 17, 16.9, 32, 33, 13.1], dtype=torch.float64) / 128
-    assert count_steps(mass).tolist() == [384, 385, 384, 400, 400, 378]
-    assert count_steps(torch.tensor([0.0, 2.0**-27, 2.0**-26])).tolist() == [0, 0, 16]
+    """An eighth of an octave apart masses differ, within a step the lower column comes first."""
+    mass = torch.tensor([16, 18, 17.9, 32, 33, 11.1], dtype=torch.float64) / 128
+    assert count_steps(mass).tolist() == [448, 449, 448, 456, 456, 443]
+    assert count_steps(torch.tensor([0.0, 2.0**-59, 2.0**-58])).tolist() == [0, 0, 8]
     assert count_steps(torch.tensor([31.9, 32.0, 1e9, torch.inf])).tolist() == [511] * 4
     for keep, expected in ((1, [3]), (2, [3, 4]), (3, [1, 3, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])):
         assert choose(mass.log()[None, None, None], keep, "shared")[0, 0, 0].nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("top", [0.0, 20.0, 40.0])
+def test_choose_ranks_what_is_left_beside_one_that_holds_nearly_all(top):
+    scores = torch.randn(1, 1, 1, 4096, generator=torch.Generator().manual_seed(0)) * 3
+    scores[..., 7] = top
+    exact = mark_largest(add_masses(scores, "shared"), 256)
+    assert (choose(scores, 256, "shared") & exact).sum() > 240
 
 
 def test_choose_never_marks_what_is_not_allowed_and_all_that_fits():

@@ -9,8 +9,12 @@ from torch import Tensor
 
 NEVER = float("-inf")
 
-MASS_STEPS, STEP_SHIFT, LOWEST_STEP = 512, 19, (127 - 27) << 4
-"""A float32's bits >> STEP_SHIFT: sixteen steps an octave, MASS_STEPS of them from 2 ** -27 on."""
+MASS_STEPS, STEP_SHIFT, LOWEST_STEP = 512, 20, (127 - 59) << 3
+"""A float32's bits >> STEP_SHIFT: eight steps an octave, MASS_STEPS of them from 2 ** -59 on.
+
+Range counts for more than fineness: where a head gives one unit nearly all of its mass, a node that hides a single
+token which matters may hold e ** -30 of it, and must keep its rank.
+"""
 
 MASS_BYTES = 2
 """Of a mass in whole steps."""
@@ -38,7 +42,7 @@ def bias(barred: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
 
 
 def count_steps(mass: Tensor) -> Tensor:
-    """Masses (...) in whole steps of a sixteenth of an octave, int32: 0 below some 2 ** -27, the last from 32 on.
+    """Masses (...) in whole steps of an eighth of an octave, int32: 0 below some 2 ** -59, the last from 32 on.
 
     NaN, as arithmetic gives it on any device, counts as the last, too, or as 0 where its sign bit is set.
     """
@@ -52,7 +56,7 @@ def choose(scores: Tensor, keep: int, selection: str) -> Tensor:
     scores: (H, R, M, K), -inf where a query may not choose. With selection "shared" the R query heads of a KV
     head add their masses and make one choice; with "per_head" each makes its own. Masses are compared in whole steps
     (`count_steps`), and of equal ones the lower columns come first: a device finds that choice without sorting, and
-    what is left out holds at most 17/16 of the least that is chosen, or less than 2 ** -26 of all.
+    what is left out holds at most 9/8 of the least that is chosen, or less than 2 ** -58 of all.
     Returns bool (H, R', M, K), R' = 1 or R. Never marks a candidate that is -inf; marks all that are
     finite when there are at most `keep`, which is what makes a full budget dense. ValueError for another selection.
     """
