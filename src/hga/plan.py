@@ -19,7 +19,7 @@ from hga.cache.routed import NUMBERS_AT_ONCE
 from hga.cache.summaries import DECODED_AT_ONCE
 from hga.config import TILE_TOKENS, HGAConfig
 from hga.models import load_config
-from hga.ops.routing import MASS_BYTES
+from hga.ops.prefill_routed import MASS_DTYPE
 
 GIB = 1 << 30
 _PREFILL_SCRATCH_BYTES = 3 << 28  # masses, choices and widened summaries of a routed prefill on a GPU
@@ -288,7 +288,7 @@ class _Needs:
     def strip_masses(self, context: int) -> int:
         """What a routed prefill by kernels cannot cut further: the masses of one KV head's choices for a tile."""
         most = self.choices(len(self.cache_layers) - 1)
-        return MASS_BYTES * TILE_TOKENS * most * self.archived(context) // self.config.group_size
+        return MASS_DTYPE.itemsize * TILE_TOKENS * most * self.archived(context) // self.config.group_size
 
     @property
     def activation_bytes(self) -> int:

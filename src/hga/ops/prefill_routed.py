@@ -18,6 +18,9 @@ from hga.ops.routing import NEVER, choose, score
 from hga.ops.summaries import mean_rows, summarise_keys
 from hga.ops.tiles import closed_chunks
 
+MASS_DTYPE = torch.int16
+"""Of masses in whole steps, which kernels keep for all candidates of a strip while its queries choose."""
+
 
 def _are_here() -> None:
     """Records that need not be waited for."""

@@ -16,9 +16,6 @@ Range counts for more than fineness: where a head gives one unit nearly all of i
 token which matters may hold e ** -30 of it, and must keep its rank.
 """
 
-MASS_BYTES = 2
-"""Of a mass in whole steps."""
-
 
 def score(query: Tensor, keys: Tensor, softcap: float | None = None) -> Tensor:
     """Scores of scaled queries (H, R, M, D) with keys (H, K, D): (H, R, M, K), soft-capped where asked."""

@@ -27,7 +27,7 @@ from hga.ops.kernels.candidates import (
 from hga.ops.kernels.prefill_marks import mark_largest
 from hga.ops.kernels.selection import count_steps
 from hga.ops.kernels.strips import CHANGING, Strips, count_closed, count_pending, load_query, place_rows
-from hga.ops.routing import MASS_BYTES
+from hga.ops.prefill_routed import MASS_DTYPE
 
 _BLOCKS_AT_ONCE = 16
 
@@ -87,9 +87,9 @@ def choose_units(
         *strips.geometry,
         **flags,
     )
-    strip_bytes = MASS_BYTES * heads * queries * width
+    strip_bytes = MASS_DTYPE.itemsize * heads * queries * width
     step = max(1, scratch_bytes // strip_bytes)
-    mass = torch.empty((min(step, stop - start), heads, queries, width), dtype=torch.int16, device=device)
+    mass = torch.empty((min(step, stop - start), heads, queries, width), dtype=MASS_DTYPE, device=device)
     for a in range(0, stop - start, step):
         b = min(stop - start, a + step)
         for pending, columns in ((True, pending_width), (False, width - pending_width)):
@@ -321,4 +321,4 @@ def _mass_kernel(
             share = tl.where(real[:, None], share, 0.0)
         if PADDED > 1:
             share = tl.sum(tl.reshape(share, (QUERIES, PADDED, KEYS)), 1)
-        tl.store(mass_rows + index[None, :], tl.where(may, count_steps(share), -1).to(tl.int16))
+        tl.store(mass_rows + index[None, :], tl.where(may, count_steps(share), -1).to(mass.dtype.element_ty))

@@ -24,8 +24,7 @@ from hga.ops.kernels.strip_attention import attend_strip_kernel
 from hga.ops.kernels.strips import Strips, cut_strips, fit_strip
 from hga.ops.nibbles import Nibbles
 from hga.ops.prefill import nothing_attended
-from hga.ops.prefill_routed import ClosedChunks, check_block
-from hga.ops.routing import MASS_BYTES
+from hga.ops.prefill_routed import MASS_DTYPE, ClosedChunks, check_block
 from hga.ops.tiles import closed_chunks
 
 SCRATCH_BYTES = 256 << 20
@@ -56,7 +55,8 @@ def attend_prefill_routed(
     if closed is not None:
         queries, _ = fit_strip(config, query)
         groups = closed.records.shape[0] * config.chunk_size // config.group_size
-        mass_bytes = MASS_BYTES * config.selectors(query.shape[1]) * queries * groups  # of one strip and KV head
+        masses = config.selectors(query.shape[1]) * queries * groups  # of one strip and KV head
+        mass_bytes = MASS_DTYPE.itemsize * masses
         step = max(1, SCRATCH_BYTES // max(1, mass_bytes, _decoded_bytes(closed, query.dtype) // heads))
     for start in range(0, heads, step):
         here = slice(start, start + step)

@@ -79,8 +79,6 @@ def weigh_kernel(
     logsumexp = top + tl.log(tl.where(norm > 0, norm, 1.0))  # (RP,)
     for _ in range(start, stop, BLOCK):
         shares = tl.sum(tl.where(mask, tl.exp(s - logsumexp[:, None]), 0.0), 0)
-        # NaN, which a query with NaN gives, counts most.
-        shares = tl.where(shares < 31.9, shares, 31.9)
         steps = count_steps(shares)
         here = mass + selector.to(tl.int64) * scores_stride + column
         tl.store(here, tl.where(allowed, steps, -1), mask=column < stop)
